@@ -1,0 +1,166 @@
+"""Removes what the answers left out, records where the project comes from, prints the next steps.
+
+Standard library only, offline, safe to run again. Nothing here may fail for a valid answer: cookiecutter deletes the
+project when a hook fails. A path in the tables that does not exist is a defect of the template and does fail.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ANSWERS: dict[str, Any] = json.loads(r"""{{ cookiecutter | tojson }}""")
+
+REMOVED: dict[tuple[str, object], tuple[str, ...]] = {
+    ("docker", False): ("Dockerfile", "compose.yaml", ".dockerignore"),
+    ("ci", "none"): (".github/workflows/ci.yml",),
+}
+
+# Files below the directory take the place of the project's files of the same path.
+REPLACED: dict[tuple[str, object], str] = {("example_tasks", False): "_bare"}
+
+# What tools leave behind when they run inside the template directory.
+CACHES = frozenset({"__pycache__", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
+
+
+def prune() -> None:
+    for (key, answer), paths in REMOVED.items():
+        if ANSWERS[key] == answer:
+            for path in paths:
+                remove(Path(path))
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+    for parent in path.parents:
+        if parent == Path() or any(parent.iterdir()):
+            return
+        parent.rmdir()
+
+
+def replace() -> None:
+    for (key, answer), directory in REPLACED.items():
+        if ANSWERS[key] == answer:
+            for source in files_below(Path(directory)):
+                os.replace(source, existing(source.relative_to(directory)))
+        shutil.rmtree(directory)
+
+
+def files_below(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+def existing(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(path)
+    return path
+
+
+def sweep_caches() -> None:
+    for directory, names, _ in os.walk("."):
+        for name in CACHES.intersection(names):
+            shutil.rmtree(os.path.join(directory, name))
+            names.remove(name)
+        if ".venv" in names:
+            names.remove(".venv")
+
+
+def git(*arguments: str, cwd: str = ".") -> str | None:
+    """The output of a git command, or None when it fails or there is no git."""
+    elsewhere = {name: value for name, value in os.environ.items() if not name.startswith("GIT_DIR")}
+    elsewhere = {name: value for name, value in elsewhere.items() if name not in {"GIT_WORK_TREE", "GIT_INDEX_FILE"}}
+    try:
+        done = subprocess.run(["git", *arguments], cwd=cwd, env=elsewhere, capture_output=True, text=True, check=True)
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def record_provenance() -> None:
+    """Writes what `cruft check`, `cruft diff` and `cruft update` read, when the template came from a git remote."""
+    template = str(ANSWERS["_repo_dir"])
+    if git("rev-parse", "--show-prefix", cwd=template) != "" or git("status", "--porcelain", cwd=template) != "":
+        return
+    remote = git("remote", "get-url", "origin", cwd=template)
+    commit = git("rev-parse", "HEAD", cwd=template)
+    if remote and commit:
+        text = json.dumps(provenance(without_credentials(remote), commit), ensure_ascii=False, indent=2)
+        Path(".cruft.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def provenance(remote: str, commit: str) -> dict[str, Any]:
+    answers = {key: value for key, value in ANSWERS.items() if not key.startswith("_")}
+    return {
+        "template": remote,
+        "commit": commit,
+        "checkout": ANSWERS["_checkout"],
+        "context": {"cookiecutter": {**answers, "_template": remote, "_commit": commit}},
+        "directory": None,
+    }
+
+
+def without_credentials(remote: str) -> str:
+    return re.sub(r"^(https?://)[^/@]*@", r"\1", remote)
+
+
+def start_repository() -> bool:
+    """True when the project has a repository of its own."""
+    if git("rev-parse", "--is-inside-work-tree") is None:
+        git("init", "--quiet")
+    return Path(".git").exists()
+
+
+def next_steps(own_repository: bool) -> str:
+    rows = [
+        ("Run it", f"cd {shlex.quote(project_path())}", ""),
+        ("", "make run", "http://127.0.0.1:8000/tasks/dashboard"),
+    ]
+    if ANSWERS["example_tasks"]:
+        rows.append(("Try it", 'curl -X POST "http://127.0.0.1:8000/signup?email=a@example.com"', ""))
+    rows.append(("Test it", "make test", ""))
+    if own_repository:
+        rows.append(("Keep it", 'git add -A && git commit -m "Start from taskflow-template"', ""))
+    lines = [f"  {bold(f'{label:<10}')} {command:<31} {note}".rstrip() for label, command, note in rows]
+    return "\n".join(
+        [
+            "",
+            f"  {bold(ANSWERS['project_name'])} is in {project_path()}/",
+            "",
+            *lines,
+            "",
+            "  Your tasks go in app/tasks.py. The task system is app/taskflow/: yours to edit.",
+            "",
+        ]
+    )
+
+
+def project_path() -> str:
+    """The project as seen from the shell that cookiecutter was started in."""
+    path = os.path.relpath(Path.cwd(), os.environ.get("PWD") or Path.cwd().parent)
+    return str(Path.cwd()) if path.startswith("..") else path
+
+
+def bold(text: str) -> str:
+    on_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return f"\033[1m{text}\033[0m" if on_terminal else text
+
+
+def main() -> None:
+    prune()
+    replace()
+    sweep_caches()
+    # cruft bakes into scratch directories, keeps its own record and compares the results: leave nothing else in them.
+    if "_output_dir" not in ANSWERS:
+        return
+    record_provenance()
+    text = next_steps(own_repository=start_repository())
+    print(text.encode("ascii", "replace").decode("ascii"))
+
+
+if __name__ == "__main__":
+    main()

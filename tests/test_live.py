@@ -1,0 +1,76 @@
+"""A baked service lives: its tests pass, it takes a task and finishes it, shows its dashboard, and stops when told."""
+
+import json
+import re
+import shlex
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.checks import Server
+from tests.template import READY_BACKENDS, Template, files_of, run, uv
+
+SERVE = "uvicorn app.main:app --port {port} --timeout-graceful-shutdown 8"
+
+
+@pytest.fixture(scope="session", params=READY_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def environment(backend: str, template: Template, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One virtual environment for all projects of a backend: their dependencies are the same."""
+    directory = tmp_path_factory.mktemp("environment")
+    project = template.bake_quickly(directory, backend=backend)
+    run([uv(), "sync", "--quiet"], project)
+    return project / ".venv"
+
+
+def test_examples(template: Template, backend: str, environment: Path, tmp_path: Path) -> None:
+    project = template.bake_quickly(tmp_path, backend=backend)
+    shutil.copy(project / ".env.example", project / ".env")
+    with Server(f"exec {shlex.quote(str(environment))}/bin/{SERVE}", project) as server:
+        server.wait_until_ready()
+        task_id = json.loads(server.post("/signup?email=a@example.com"))["task_id"]
+        assert server.wait_until_done(task_id) == "success"
+        assert task_id in server.get("/tasks/dashboard")
+        assets = server.assets("/tasks/dashboard")
+        assert assets
+        assert all(assets.values())
+        assert_clean_exit(server)
+
+
+def test_without_examples(template: Template, backend: str, environment: Path, tmp_path: Path) -> None:
+    project = template.bake_quickly(tmp_path, backend=backend, example_tasks=False)
+    run([str(environment / "bin/python"), "-m", "pytest", "-q", "--ignore=tests/taskflow"], project)
+    with Server(f"exec {shlex.quote(str(environment))}/bin/{SERVE}", project) as server:
+        server.wait_until_ready()
+        assert list(json.loads(server.get("/openapi.json"))["paths"]).count("/signup") == 0
+        assert server.get("/tasks/dashboard")
+        assert_clean_exit(server)
+
+
+def test_commands_of_the_readme_for_pip(template: Template, backend: str, tmp_path: Path) -> None:
+    """Plain pip brings everything that serving needs, the driver too."""
+    project = template.bake_quickly(tmp_path, backend=backend)
+    block = (project / "README.md").read_text().split("```\n")[1]
+    install, serve = block.strip().rsplit("\n", 1)
+    run(install, project)
+    assert serve == ".venv/bin/uvicorn app.main:app"
+    with Server(f"exec {serve} --port {{port}}", project) as server:
+        server.wait_until_ready()
+        assert_clean_exit(server)
+    run([".venv/bin/pip", "wheel", "--quiet", "--no-deps", "."], project)
+    (wheel,) = project.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == {path for path in files_of(project) if re.match(r"app/(?!.*__pycache__)", path)}
+
+
+def assert_clean_exit(server: Server) -> None:
+    log = server.stop()
+    assert "Application shutdown complete" in log, log
+    assert "Traceback" not in log, log
+    assert server.process.returncode in {0, -15}

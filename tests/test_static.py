@@ -1,0 +1,65 @@
+"""A bake is clean as it comes out: it resolves, is linted, formatted and typed; workflow and compose file are valid."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.checks import lint_complaints, schema_complaints, type_complaints
+from tests.template import (
+    BACKENDS,
+    PRE_HOOK,
+    READY_BACKENDS,
+    ROOT,
+    Answers,
+    Template,
+    combinations,
+    label,
+    pairwise,
+    run,
+    uv,
+)
+
+DRIVERS: dict[str, set[str]] = {"sqlite": set(), "redis": {"redis"}, "postgres": {"psycopg", "psycopg-binary"}}
+
+
+def refused_names() -> set[str]:
+    block = re.search(r'DEPENDENCIES = """(.*?)"""', (ROOT / PRE_HOOK).read_text(), re.DOTALL)
+    assert block
+    return set(block[1].split())
+
+
+@pytest.mark.parametrize("answers", pairwise(backend=READY_BACKENDS), ids=label)
+def test_a_bake_is_linted_and_formatted(template: Template, tmp_path: Path, answers: Answers) -> None:
+    assert lint_complaints(template.bake_quickly(tmp_path, **answers)) == ""
+
+
+@pytest.mark.parametrize("example_tasks", [True, False])
+def test_a_bake_is_typed(
+    template: Template, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, example_tasks: bool
+) -> None:
+    """The other options do not touch a Python file: the tree lane compares their bytes."""
+    project = template.bake_quickly(tmp_path, example_tasks=example_tasks)
+    assert type_complaints(project, tmp_path_factory.getbasetemp() / "mypy") == ""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_lock_resolves_with_the_chosen_driver_only(
+    template_of_every_backend: Template, tmp_path: Path, backend: str
+) -> None:
+    project = template_of_every_backend.bake_quickly(tmp_path, backend=backend)
+    run([uv(), "lock", "--quiet"], project)
+    packages = {package["name"] for package in tomllib.loads((project / "uv.lock").read_text())["package"]}
+    assert packages & set().union(*DRIVERS.values()) == DRIVERS[backend]
+    assert packages - {"task-service"} - refused_names() == set(), "could be chosen as project_slug"
+
+
+@pytest.mark.parametrize("answers", combinations(license=["MIT"], example_tasks=[True], docker=[True]), ids=label)
+def test_workflow_and_compose_file_follow_their_schemas(
+    template_of_every_backend: Template, tmp_path: Path, answers: Answers
+) -> None:
+    project = template_of_every_backend.bake_quickly(tmp_path, **answers)
+    assert schema_complaints("compose-spec", project / "compose.yaml") == ""
+    if answers["ci"] == "github":
+        assert schema_complaints("github-workflows", project / ".github/workflows/ci.yml") == ""

@@ -1,0 +1,159 @@
+"""The tree: for every combination of answers exactly the right files, clean, parseable, the same in every bake."""
+
+import ast
+import json
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.checks import text_complaints
+from tests.conftest import Bake
+from tests.template import PROJECT, ROOT, Answers, Template, combinations, everything_below, files_of, git, label
+
+EDGES = {
+    ".env.example",
+    ".gitattributes",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+}
+DOCKER = {"Dockerfile", "compose.yaml", ".dockerignore"}
+GITHUB = {".github/workflows/ci.yml"}
+YOURS = {"app/__main__.py", "app/main.py", "app/routes.py", "app/settings.py", "app/tasks.py"}
+
+LICENSES = {
+    "MIT": ("MIT", "Permission is hereby granted, free of charge"),
+    "Apache-2.0": ("Apache-2.0", "Version 2.0, January 2004"),
+    "BSD-3-Clause": ("BSD-3-Clause", "Redistribution and use in source and binary forms"),
+    "Proprietary": ("LicenseRef-Proprietary", "All rights reserved"),
+}
+DRIVERS = {"sqlite": None, "redis": "redis", "postgres": "psycopg"}
+URLS = {"sqlite": "sqlite:", "redis": "redis:", "postgres": "postgresql:"}
+
+
+def copied_trees() -> dict[str, bytes]:
+    """The Jinja-free files: the same bytes in every project."""
+    listed = git(ROOT / PROJECT, "ls-files", "-co", "--exclude-standard", "-z", "app", "tests").split("\0")
+    return {path: (ROOT / PROJECT / path).read_bytes() for path in listed if path and (ROOT / PROJECT / path).exists()}
+
+
+def bare_files() -> dict[str, bytes]:
+    bare = ROOT / PROJECT / "_bare"
+    return {path: (bare / path).read_bytes() for path in files_of(bare) if "__pycache__" not in path}
+
+
+def expected(answers: Answers) -> set[str]:
+    files = EDGES | copied_trees().keys()
+    if answers["docker"]:
+        files |= DOCKER
+    if answers["ci"] == "github":
+        files |= GITHUB
+    return files
+
+
+@pytest.mark.parametrize("answers", combinations(), ids=label)
+def test_every_combination_is_complete_and_clean(
+    template_of_every_backend: Template, tmp_path: Path, answers: Answers
+) -> None:
+    project = template_of_every_backend.bake_quickly(tmp_path, **answers)
+    assert files_of(project) == expected(answers)
+    assert not [path for path in everything_below(project) if path.is_dir() and not any(path.iterdir())]
+    check_copies(project, answers)
+    assert text_complaints(project) == []
+    check_data(project, answers)
+
+
+def check_copies(project: Path, answers: Answers) -> None:
+    wanted = copied_trees() | ({} if answers["example_tasks"] else bare_files())
+    assert [path for path, content in wanted.items() if (project / path).read_bytes() != content] == []
+
+
+def check_data(project: Path, answers: Answers) -> None:
+    pyproject = tomllib.loads((project / "pyproject.toml").read_text())
+    expression, words = LICENSES[str(answers["license"])]
+    assert pyproject["project"]["license"] == expression
+    assert words in (project / "LICENSE").read_text()
+    backend = str(answers["backend"])
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in pyproject["project"]["dependencies"]}
+    assert {"redis", "psycopg"} & names == {DRIVERS[backend]} - {None}
+    assert f"TASKFLOW_URL={URLS[backend]}" in (project / ".env.example").read_text()
+    for path in files_of(project):
+        if path.endswith((".yaml", ".yml")):
+            assert yaml.safe_load((project / path).read_text())
+        if path.endswith(".json"):
+            assert json.loads((project / path).read_text())
+    if answers["docker"]:
+        compose = yaml.safe_load((project / "compose.yaml").read_text())
+        assert set(compose["services"]) == {"app", backend} - {"sqlite"}
+        assert compose["services"]["app"]["environment"]["TASKFLOW_URL"].startswith(URLS[backend])
+
+
+@pytest.mark.parametrize("answers", combinations(license=["MIT"], ci=["github"]), ids=label)
+def test_two_bakes_are_the_same_bytes(template_of_every_backend: Template, tmp_path: Path, answers: Answers) -> None:
+    first = template_of_every_backend.bake_quickly(tmp_path / "first", **answers)
+    second = template_of_every_backend.bake_quickly(tmp_path / "second", **answers)
+    assert files_of(first) == files_of(second)
+    assert [path for path in files_of(first) if (first / path).read_bytes() != (second / path).read_bytes()] == []
+
+
+def test_the_teams_own_files_are_there() -> None:
+    assert copied_trees().keys() >= YOURS
+
+
+def test_the_example_of_settings_names_exactly_those_that_exist() -> None:
+    source = ast.parse((ROOT / PROJECT / "app/settings.py").read_text())
+    (settings,) = [node for node in source.body if isinstance(node, ast.ClassDef)]
+    fields = [ast.unparse(node.target).upper() for node in settings.body if isinstance(node, ast.AnnAssign)]
+    example = (ROOT / PROJECT / ".env.example").read_text()
+    assert set(re.findall(r"^(?:# )?TASKFLOW_([A-Z_]+)=", example, re.MULTILINE)) == set(fields)
+
+
+def test_every_bare_file_takes_the_place_of_a_real_one() -> None:
+    assert bare_files().keys() <= copied_trees().keys()
+    assert bare_files().keys() >= {"app/tasks.py", "app/routes.py"}
+
+
+def test_the_unrendered_data_files_parse_too() -> None:
+    for path in git(ROOT, "ls-files", "-co", "--exclude-standard", PROJECT).splitlines():
+        if (ROOT / path).suffix == ".toml":
+            assert tomllib.loads((ROOT / path).read_text())
+        if (ROOT / path).suffix in {".yml", ".yaml"}:
+            assert yaml.safe_load((ROOT / path).read_text())
+
+
+def test_names_are_legal_on_windows(template: Template) -> None:
+    for path in git(ROOT, "ls-files", "-co", "--exclude-standard").splitlines():
+        assert not re.search(r'[<>:"|?*\\]|[ .](/|$)', path), path
+        for part in path.lower().split("/"):
+            assert not re.fullmatch(r"(aux|con|nul|prn|com\d|lpt\d)(\..*)?", part), path
+
+
+def test_no_lock_file_is_in_the_template_but_a_project_keeps_its_own() -> None:
+    assert "uv.lock" not in git(ROOT, "ls-files", "-co", "--exclude-standard")
+    assert "uv.lock" not in (ROOT / PROJECT / ".gitignore").read_text()
+
+
+def test_what_tools_leave_in_the_template_is_not_baked(template: Template, tmp_path: Path) -> None:
+    """Linting, typing and testing in place leave caches, whose content Jinja could not even read."""
+    used = tmp_path / "template"
+    shutil.copytree(template.source, used)
+    for cache in (".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "app/__pycache__", "app/.mypy_cache"):
+        (used / PROJECT / cache).mkdir()
+        (used / PROJECT / cache / "data.json").write_text("{{ nonsense {% %}")
+    project = Template(str(used), tmp_path).bake_quickly(tmp_path / "out")
+    assert files_of(project) == files_of(template.bake_quickly(tmp_path / "clean"))
+
+
+def test_baking_over_a_project_keeps_what_is_not_the_templates(bake: Bake) -> None:
+    project = bake(docker=False, example_tasks=False).project
+    (project / "tasks.db").write_text("rows")
+    before = files_of(project)
+    assert bake("--overwrite-if-exists", docker=False, example_tasks=False).project == project
+    assert files_of(project) == before

@@ -1,0 +1,23 @@
+"""The application: `uvicorn app.main:app`."""
+
+from fastapi import FastAPI
+
+from app.routes import router
+from app.settings import secret, settings
+from app.taskflow import TaskAdmin
+from app.tasks import task_manager
+
+app = FastAPI()
+app.include_router(router)
+
+task_manager.runs_tasks = settings.run
+# auto_install manages the BackgroundTasks of every route: their signatures stay as they are.
+TaskAdmin(
+    app,
+    task_manager,
+    path=settings.path,
+    auto_install=True,
+    auth=settings.auth,
+    secret_key=secret(settings.secret_key),
+    environment=settings.env,
+)

@@ -1,0 +1,45 @@
+"""The service's settings: environment variables that start with TASKFLOW_, or the file .env."""
+
+from typing import Literal
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="TASKFLOW_", env_file=".env", extra="ignore")
+
+    url: str = "sqlite:///tasks.db"
+    """Where tasks are stored."""
+    env: Literal["development", "production"] = "development"
+    path: str = "/tasks"
+    """Where the API and the dashboard are."""
+    run: bool = True
+    """Whether this process runs tasks; otherwise it only accepts them."""
+    admin_username: str | None = None
+    admin_password: SecretStr | None = None
+    secret_key: SecretStr | None = None
+    """Signs the dashboard's sessions. Without one, development makes a new key at each start."""
+    encryption_key: SecretStr | None = None
+    """Encrypts arguments and results at rest."""
+    retention_days: float | None = Field(default=None, gt=0)
+    """Days after which finished tasks are deleted; without, they are kept."""
+
+    @model_validator(mode="after")
+    def credentials_come_in_pairs(self) -> "Settings":
+        if (self.admin_username is None) != (self.admin_password is None):
+            raise ValueError("set both TASKFLOW_ADMIN_USERNAME and TASKFLOW_ADMIN_PASSWORD, or neither")
+        return self
+
+    @property
+    def auth(self) -> tuple[str, str] | None:
+        if self.admin_username is None or self.admin_password is None:
+            return None
+        return self.admin_username, self.admin_password.get_secret_value()
+
+
+settings = Settings()
+
+
+def secret(value: SecretStr | None) -> str | None:
+    return None if value is None else value.get_secret_value()

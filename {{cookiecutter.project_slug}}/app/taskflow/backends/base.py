@@ -1,0 +1,261 @@
+"""The port to storage: one *turn* in, one *turn result* out, and the reads.
+
+Owns the values that cross it and the `Backend` protocol. The journal calls `turn`, everything that shows tasks
+calls the reads. The invariant: a turn is one transaction. Either all of it is durable when `turn` returns, or
+`BackendUnavailable` is raised and none of it happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+
+from ..models import (
+    Count,
+    Cursor,
+    EventKind,
+    InstanceRecord,
+    LogEntry,
+    TaskEvent,
+    TaskFilter,
+    TaskPage,
+    TaskRecord,
+    TaskStatus,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A task as its caller described it, not stored yet."""
+
+    task_id: str
+    name: str
+    queue: str
+    priority: int | None
+    executor: str
+    max_attempts: int
+    created_at: datetime
+    run_at: datetime
+    arguments: str
+    tags: Mapping[str, str]
+    requeue: bool
+    """Whether it may be started again after its process went away while it ran."""
+    source: str = "manual"
+    key: str | None = None
+    retry_of: str | None = None
+    trace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A task that this instance holds: its RUNNING row is committed. (attempt, instance) is its fencing token."""
+
+    task_id: str
+    name: str
+    queue: str
+    priority: int | None
+    executor: str
+    attempt: int
+    excused: int
+    max_attempts: int
+    created_at: datetime
+    started_at: datetime
+    arguments: str
+    tags: Mapping[str, str]
+    requeue: bool
+    trace: str | None
+
+    @property
+    def attempts_left(self) -> bool:
+        return self.attempt - self.excused < self.max_attempts
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """How one attempt ended, and what the task becomes. Written only if the fencing token still matches."""
+
+    task: Claimed
+    kind: EventKind
+    status: TaskStatus
+    at: datetime
+    run_at: datetime | None = None
+    """When PENDING: the time of the next attempt."""
+    result: str | None = None
+    error: str | None = None
+    stacktrace: str | None = None
+    excused: bool = False
+    """True when this attempt does not count against the task's retries."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    task_id: str
+    at: datetime
+    level: str
+    attempt: int
+    message: str
+    extra: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    task_id: str
+    attempt: int
+    value: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Make a pending task CANCELLED; ask the owner of a running one to stop it."""
+
+    task_id: str
+    actor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """Make a task of a terminal status PENDING again, with its id, its history and a full set of attempts."""
+
+    task_id: str
+    max_attempts: int
+    actor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """End what these instances left RUNNING: requeue it where it allows that, else mark it INTERRUPTED."""
+
+    instances: Sequence[str]
+
+
+Command = Cancel | Requeue | Rescue
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command found and did. `before` is None when there is no such task."""
+
+    before: TaskStatus | None = None
+    changed: int = 0
+    instance: str | None = None
+    """Who runs the task that was asked to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What this instance can start now: names by executor, and free slots of executors and queues.
+
+    A name that is not listed is never claimed. A queue that is not listed has no limit of its own.
+    """
+
+    names: Mapping[str, str]
+    """Task name -> executor kind."""
+    slots: Mapping[str, int]
+    """Executor kind -> free slots."""
+    queues: Mapping[str, int] = field(default_factory=dict)
+    """Queue -> free slots."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.slots.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One transaction: record what finished, admit what arrived, obey commands, claim what is next."""
+
+    now: datetime
+    instance: str
+    finishes: Sequence[Finish] = ()
+    drafts: Sequence[Draft] = ()
+    commands: Sequence[Command] = ()
+    logs: Sequence[LogLine] = ()
+    progress: Sequence[Progress] = ()
+    demand: Demand | None = None
+    held: frozenset[str] | None = None
+    """After a turn of unknown outcome: the ids this instance knows it runs. Others that carry its lease are
+    handed out again, since they were claimed but never started."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnResult:
+    existing: frozenset[str] = frozenset()
+    """Drafts whose id was stored before (an idempotency key seen earlier): not admitted again."""
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    """Drafts refused by a full queue -> that queue's max_size."""
+    refused: frozenset[str] = frozenset()
+    """Finishes whose lease was lost: not written."""
+    answers: Sequence[Answer] = ()
+    claimed: Sequence[Claimed] = ()
+    more: bool = False
+    """True when tasks may be waiting that this turn did not claim although slots are free."""
+    next_due: datetime | None = None
+    """When the next waiting task becomes due."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """This process, as it introduces itself. `birth` and `machine` tell a live process from a reused pid."""
+
+    instance_id: str
+    host: str
+    machine: str
+    pid: int
+    birth: str
+    version: str
+    started: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """One heartbeat: the lease of `instance_id` holds until `lease_until`."""
+
+    at: datetime
+    lease_until: datetime
+    slots: int
+    running: int
+
+
+class Backend(Protocol):
+    """Storage of tasks. Every method raises `BackendUnavailable` when the database does not answer in time."""
+
+    async def open(self) -> None:
+        """Connect and bring the schema up. Callable again after a failure."""
+
+    async def close(self) -> None: ...
+
+    async def turn(self, turn: Turn) -> TurnResult: ...
+
+    # -- instances: called from the heartbeat's own thread, on a connection of its own
+    def beat(self, instance: Instance, beat: Beat) -> None: ...
+
+    def lapsed(self, now: datetime) -> Sequence[tuple[Instance, bool]]:
+        """Instances that still own RUNNING tasks or a live lease, and whether their lease has lapsed."""
+
+    def leave(self, instance_id: str) -> None:
+        """End the lease of an instance that stops cleanly."""
+
+    # -- reads
+    async def get(self, task_id: str) -> TaskRecord | None: ...
+
+    async def page(self, where: TaskFilter, before: Cursor | None, limit: int) -> TaskPage: ...
+
+    async def events(self, task_id: str) -> Sequence[TaskEvent]: ...
+
+    async def events_after(self, seq: int, limit: int) -> Sequence[TaskEvent]: ...
+
+    async def last_seq(self) -> int:
+        """The number of the newest event; 0 when there is none."""
+
+    async def logs(self, task_id: str, after: int, limit: int) -> Sequence[LogEntry]: ...
+
+    async def counts(self) -> Sequence[Count]: ...
+
+    async def instances(self) -> Sequence[InstanceRecord]: ...
+
+    async def cancels(self, instance_id: str) -> Sequence[str]:
+        """Ids of tasks which this instance runs and somebody asked to stop."""
+
+    async def ping(self) -> None: ...

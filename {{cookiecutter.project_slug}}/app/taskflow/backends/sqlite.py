@@ -1,0 +1,80 @@
+"""SQLite: what its dialect forces, and nothing else.
+
+Owns the pragmas, the write lock and the expansion of JSON rows. Processes of one host share one file: WAL lets
+readers go on while one of them writes, `BEGIN IMMEDIATE` makes writers take turns, `synchronous=FULL` makes a
+commit survive a power loss.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.pool import QueuePool, StaticPool
+
+from ..errors import TaskflowError
+from .sql import SqlBackend
+
+OLDEST_SQLITE = (3, 35, 0)
+"""The first with RETURNING."""
+BUSY_TIMEOUT = 0.5
+"""Seconds that one try waits for another process's transaction. Below the journal's `accept_timeout`, so that a
+caller who was told "no" is never written afterwards."""
+
+
+class SqliteBackend(SqlBackend):
+    def __init__(self, url: URL) -> None:
+        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+            raise TaskflowError(f"SQLite {sqlite3.sqlite_version} is too old: 3.35 or newer is needed")
+        self._in_memory = url.database in (None, "", ":memory:")
+        super().__init__(url, readers=0 if self._in_memory else 2)
+
+    def create_engines(self) -> tuple[Engine, Engine]:
+        if self._in_memory:
+            only = self._engine(StaticPool)
+            return only, only
+        return self._engine(QueuePool), self._engine(QueuePool, reads_only=True)
+
+    def _engine(self, pool: type[QueuePool] | type[StaticPool], *, reads_only: bool = False) -> Engine:
+        engine = sa.create_engine(
+            self.url, poolclass=pool, connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False}
+        )
+        sa.event.listen(engine, "connect", prepare_connection)
+        sa.event.listen(engine, "begin", begin_read if reads_only else begin_write)
+        return engine
+
+    def expand(self, parameter: str, columns: Sequence[sa.Column[Any]]) -> sa.Subquery:
+        row = sa.func.json_each(sa.bindparam(parameter)).table_valued("value")
+        cells = [
+            sa.func.json_extract(row.c.value, sa.literal_column(f"'$[{place}]'"), type_=column.type).label(column.name)
+            for place, column in enumerate(columns)
+        ]
+        return sa.select(*cells).subquery(f"{parameter}_table")
+
+    def insert(self, table: sa.Table) -> Any:
+        return insert(table)
+
+
+def prepare_connection(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions by itself: see begin_write
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "wal_autocheckpoint=4000",
+        "temp_store=MEMORY",
+        "cache_size=-16000",
+    ):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def begin_write(connection: Connection) -> None:
+    """Takes the write lock at once: a transaction that starts as a reader could fail halfway."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def begin_read(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")

@@ -1,0 +1,147 @@
+"""The tables, as SQLModel classes, and the schema's numbered steps.
+
+Owns names, columns and indexes; `sql.py` owns every statement over them. The tables have their own metadata and
+the prefix `taskflow_`, so that they can live in the same database as the team's models. Times are integer
+microseconds since the epoch, JSON is text: both sort and copy the same on every database.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Index, Integer, MetaData, Text, func, literal_column, text
+from sqlmodel import Field, SQLModel
+
+SCHEMA_VERSION = 1
+
+
+class Row(SQLModel):
+    metadata = MetaData()
+
+
+class TaskRow(Row, table=True):
+    """The present state of a task. Its history is `EventRow`."""
+
+    __tablename__ = "taskflow_task"
+
+    task_id: str = Field(primary_key=True)
+    name: str
+    queue: str
+    priority: int | None = None
+    executor: str
+    source: str
+    status: str
+    """A `TaskStatus`, or `DELAYED`."""
+    attempt: int = 0
+    excused: int = 0
+    crashes: int = 0
+    max_attempts: int
+    created_at: int = Field(sa_type=BigInteger)
+    run_at: int = Field(sa_type=BigInteger)
+    started_at: int | None = Field(default=None, sa_type=BigInteger)
+    finished_at: int | None = Field(default=None, sa_type=BigInteger)
+    instance: str | None = None
+    requeue: bool = False
+    cancel_requested: bool = False
+    arguments: str = Field(sa_type=Text)
+    result: str | None = Field(default=None, sa_type=Text)
+    error: str | None = Field(default=None, sa_type=Text)
+    stacktrace: str | None = Field(default=None, sa_type=Text)
+    tags: str = Field(default="{}", sa_type=Text)
+    progress: str | None = Field(default=None, sa_type=Text)
+    idempotency_key: str | None = None
+    retry_of: str | None = None
+    trace: str | None = None
+
+
+class EventRow(Row, table=True):
+    """The append-only history of all tasks: timeline, audit trail and the live stream's cursor."""
+
+    __tablename__ = "taskflow_event"
+    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012 - SQLAlchemy's own convention
+
+    seq: int | None = Field(default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite"))  # type: ignore[call-overload]
+    task_id: str
+    at: int = Field(sa_type=BigInteger)
+    kind: str
+    attempt: int | None = None
+    instance: str | None = None
+    actor: str | None = None
+    detail: str | None = Field(default=None, sa_type=Text)
+
+
+class LogRow(Row, table=True):
+    __tablename__ = "taskflow_log"
+    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
+
+    seq: int | None = Field(default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite"))  # type: ignore[call-overload]
+    task_id: str
+    at: int = Field(sa_type=BigInteger)
+    level: str
+    attempt: int
+    message: str = Field(sa_type=Text)
+    extra: str = Field(default="{}", sa_type=Text)
+
+
+class CounterRow(Row, table=True):
+    """How many tasks there are, kept in the transactions that change them and never counted over the task table."""
+
+    __tablename__ = "taskflow_counter"
+
+    queue: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    status: str = Field(primary_key=True)
+    n: int = Field(default=0, sa_type=BigInteger)
+    micros: int = Field(default=0, sa_type=BigInteger)
+    """Microseconds that the counted tasks ran."""
+
+
+class InstanceRow(Row, table=True):
+    """Processes that serve this database. The lease of all they run holds until `lease_until`."""
+
+    __tablename__ = "taskflow_instance"
+
+    instance_id: str = Field(primary_key=True)
+    host: str
+    machine: str
+    pid: int
+    birth: str
+    version: str
+    started_at: int = Field(sa_type=BigInteger)
+    beat_at: int = Field(sa_type=BigInteger)
+    lease_until: int = Field(sa_type=BigInteger)
+    slots: int = 0
+    running: int = 0
+
+
+class SchemaRow(Row, table=True):
+    __tablename__ = "taskflow_schema_version"
+
+    version: int = Field(primary_key=True)
+
+
+task = TaskRow.__table__  # type: ignore[attr-defined]
+event = EventRow.__table__  # type: ignore[attr-defined]
+log = LogRow.__table__  # type: ignore[attr-defined]
+counter = CounterRow.__table__  # type: ignore[attr-defined]
+instance = InstanceRow.__table__  # type: ignore[attr-defined]
+schema_version = SchemaRow.__table__  # type: ignore[attr-defined]
+
+rank = func.coalesce(task.c.priority, literal_column("0"))
+"""What the claim sorts by. The zero is a literal: an index on an expression is only used for the same expression."""
+
+
+def _only(status: str) -> dict[str, object]:
+    condition = text(f"status = '{status}'")
+    return {"sqlite_where": condition, "postgresql_where": condition}
+
+
+# One index for each question that is asked, and no other. The partial ones repeat the status, which makes SQLite
+# prefer them to the index of all statuses.
+Index("taskflow_ready", task.c.queue, rank.desc(), task.c.run_at, task.c.task_id, task.c.name, **_only("pending"))
+Index("taskflow_due", task.c.status, task.c.run_at, **_only("delayed"))
+Index("taskflow_lease", task.c.status, task.c.instance, **_only("running"))
+Index("taskflow_recent", task.c.created_at, task.c.task_id)
+Index("taskflow_by_status", task.c.status, task.c.created_at, task.c.task_id)
+Index("taskflow_by_name", task.c.name, task.c.created_at, task.c.task_id)
+Index("taskflow_by_queue", task.c.queue, task.c.created_at, task.c.task_id)
+Index("taskflow_event_task", event.c.task_id, event.c.seq)
+Index("taskflow_log_task", log.c.task_id, log.c.seq)

@@ -1,0 +1,57 @@
+"""What a running task can see and say: its context, its log lines, its progress, and whether it should stop.
+
+Owns the context variable that the runner sets around user code. `task_log` and `progress` hand their values to a sink
+and return; they work from coroutines and from threads alike, and do nothing outside a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class TaskSink(Protocol):
+    """Where a task's words go: the journal's bounded queue."""
+
+    def log(self, context: TaskContext, level: str, message: str, extra: Mapping[str, Any]) -> None: ...
+
+    def progress(self, context: TaskContext, value: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class TaskContext:
+    """One attempt of one task, as its function sees it. `attempt` counts from 0."""
+
+    task_id: str
+    func_name: str
+    attempt: int
+    tags: Mapping[str, str]
+    sink: TaskSink = field(repr=False)
+    cancelled: bool = False
+    """True once somebody asked this task to stop, its time is up, or the service shuts down. A thread looks at it."""
+
+    def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
+        """Says how far the task is; the newest word is kept and shown."""
+        value: dict[str, Any] = {"done": done}
+        if total is not None:
+            value["total"] = total
+        if message is not None:
+            value["message"] = str(message)
+        self.sink.progress(self, value)
+
+
+current: ContextVar[TaskContext | None] = ContextVar("taskflow_context", default=None)
+
+
+def get_task_context() -> TaskContext | None:
+    """The running task's context, or None outside a task."""
+    return current.get()
+
+
+def task_log(message: str, *, level: str = "info", **extra: Any) -> None:
+    """Adds a line to the running task's stored log. Outside a task it does nothing."""
+    context = current.get()
+    if context is not None:
+        context.sink.log(context, level, str(message), extra)

@@ -1,0 +1,101 @@
+"""Facts that callers can act on, and the signals a task may raise.
+
+Owns every exception type of the system. Each is built from facts and composes its own message, so that a
+test, a log line and an HTTP answer all read the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from .models import TaskStatus
+
+
+class TaskflowError(Exception):
+    """Anything this package refuses; the message says which value broke which rule."""
+
+
+class TaskArgumentError(TaskflowError):
+    """An argument that cannot be stored or does not fit its annotation. Answered as 422."""
+
+    def __init__(self, func_name: str, parameter: str, value: object, rule: str) -> None:
+        self.func_name, self.parameter, self.rule = func_name, parameter, rule
+        shown = "" if value is inspect.Parameter.empty else f" = {_shorten(value)}"
+        super().__init__(f"{func_name}(): argument {parameter!r}{shown}: {rule}")
+
+
+class QueueFullError(TaskflowError):
+    """A queue that already holds as many waiting tasks as it may. Answered as 429."""
+
+    def __init__(self, queue: str, limit: int) -> None:
+        self.queue, self.limit = queue, limit
+        super().__init__(f"queue {queue!r} is full: {limit} tasks are waiting, which is its max_size")
+
+
+class TaskNotFound(TaskflowError):
+    """No task has this id. Answered as 404."""
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+        super().__init__(f"no task has the id {task_id!r}")
+
+
+class TaskStateError(TaskflowError):
+    """A command that the task's present status does not allow. Answered as 400."""
+
+    def __init__(self, task_id: str, status: TaskStatus, command: str) -> None:
+        self.task_id, self.status, self.command = task_id, status, command
+        super().__init__(f"task {task_id} is {status}: it cannot be {command}")
+
+
+class UnknownFunction(TaskflowError):
+    """A stored task whose function this process does not have. Answered as 409."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"no task function is registered as {name!r} in this process")
+
+
+class BackendUnavailable(TaskflowError):
+    """The database did not take or answer in time; nothing was written. Answered as 503 with Retry-After."""
+
+    retry_after = 2
+    """Seconds a client should wait before it asks again."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"the task backend is unavailable: {reason}")
+
+
+class TaskFailed(TaskflowError):
+    """`result()` of a task that ended in anything but success."""
+
+    def __init__(self, task_id: str, status: TaskStatus, error: str | None) -> None:
+        self.task_id, self.status, self.error = task_id, status, error
+        super().__init__(f"task {task_id} is {status}" + (f": {error}" if error else ""))
+
+
+class RetryLater(Exception):
+    """Raised by a task to be started again after `seconds`; spends no attempt."""
+
+    def __init__(self, seconds: float) -> None:
+        if not 0 <= seconds < float("inf"):
+            raise ValueError(f"RetryLater(seconds={seconds!r}): seconds must be finite and not negative")
+        self.seconds = float(seconds)
+        super().__init__(f"retry in {seconds} s")
+
+
+class CancelTask(Exception):
+    """Raised by a task to end itself as CANCELLED, whatever retries it has left."""
+
+    def __init__(self, reason: str = "cancelled by the task") -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+def _shorten(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception as error:  # noqa: BLE001 - a broken __repr__ must not hide the error that names the value
+        text = f"<{type(value).__name__}, whose repr raised {type(error).__name__}>"
+    return text if len(text) <= 120 else text[:117] + "..."

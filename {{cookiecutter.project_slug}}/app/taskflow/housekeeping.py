@@ -1,0 +1,190 @@
+"""Who is alive, and what the dead left behind.
+
+Owns this instance's lease and the rescue of others'. The heartbeat has a thread and a connection of its own, so that a
+task which blocks the event loop does not make its neighbours look dead; rescue looks at leases, never at a task's age.
+An instance of this machine whose process is gone is rescued at once, any other when its lease has lapsed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from .backends.base import Backend, Beat, Instance, Rescue
+from .dispatcher import Dispatcher
+from .errors import BackendUnavailable
+from .journal import Journal
+from .loops import Loop
+
+logger = logging.getLogger("taskflow")
+
+LEASE_SECONDS = 30.0
+BEATS_PER_LEASE = 3
+RESCUE_INTERVAL = 5.0
+CANCEL_INTERVAL = 1.0
+"""Seconds after which an instance sees that another one was asked to cancel a task it runs."""
+
+
+def introduce(instance_id: str, version: str, started: datetime) -> Instance:
+    """This process, as others can tell it from any that comes after it."""
+    pid = os.getpid()
+    return Instance(
+        instance_id=instance_id,
+        host=socket.gethostname(),
+        machine=machine_name(),
+        pid=pid,
+        birth=birth_of(pid) or "",
+        version=version,
+        started=started,
+    )
+
+
+def machine_name() -> str:
+    """Names the set of pids that ours belongs to: this boot of this machine, and the container in it."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def birth_of(pid: int) -> str | None:
+    """When the process of that pid started, in the kernel's ticks; None where there is no such process or no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]
+
+
+def is_gone(other: Instance, machine: str) -> bool:
+    """True only when that process certainly does not exist any more."""
+    return bool(machine) and other.machine == machine and birth_of(other.pid) != other.birth
+
+
+class Heartbeat:
+    """Renews this instance's lease from a thread of its own."""
+
+    def __init__(
+        self, backend: Backend, me: Instance, dispatcher: Dispatcher, *, clock: Callable[[], datetime]
+    ) -> None:
+        self._backend = backend
+        self._me = me
+        self._dispatcher = dispatcher
+        self._clock = clock
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="taskflow-heartbeat", daemon=True)
+        self._thread.start()
+
+    def beat(self) -> None:
+        """Raises BackendUnavailable."""
+        now = self._clock()
+        lease_until = now + timedelta(seconds=LEASE_SECONDS)
+        self._backend.beat(self._me, Beat(now, lease_until, self._dispatcher.slots, self._dispatcher.running))
+
+    def stop(self) -> None:
+        """Ends the lease, so that nobody waits for it to lapse."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2.0)
+            try:
+                self._backend.leave(self._me.instance_id)
+            except BackendUnavailable as error:
+                logger.warning("could not sign off: %s", error)
+
+    def _run(self) -> None:
+        while not self._stop.wait(LEASE_SECONDS / BEATS_PER_LEASE):
+            try:
+                self.beat()
+            except Exception as error:  # noqa: BLE001 - the next beat comes; two may be missed before the lease lapses
+                logger.warning("heartbeat: %s", error)
+
+
+class Housekeeping:
+    """Starts claiming once this instance is known, rescues what others left, and hears cancels from elsewhere."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        journal: Journal,
+        dispatcher: Dispatcher,
+        me: Instance,
+        *,
+        clock: Callable[[], datetime],
+        runs_tasks: bool = True,
+    ) -> None:
+        self._backend = backend
+        self._journal = journal
+        self._dispatcher = dispatcher
+        self._me = me
+        self._clock = clock
+        self._runs_tasks = runs_tasks
+        self._known = False
+        self.heartbeat = Heartbeat(backend, me, dispatcher, clock=clock)
+        self._rescue_loop = Loop("rescue", self._rescue_round)
+        self._cancel_loop = Loop("cancels", self._cancel_round)
+
+    def start(self) -> None:
+        self._rescue_loop.start()
+        if self._runs_tasks:
+            self._cancel_loop.start()
+
+    async def stop(self) -> None:
+        await self._rescue_loop.stop()
+        await self._cancel_loop.stop()
+
+    async def sign_off(self) -> None:
+        await asyncio.to_thread(self.heartbeat.stop)
+
+    async def _rescue_round(self) -> None:
+        try:
+            if not self._known:
+                await self._introduce()
+            await self._rescue()
+        except BackendUnavailable:
+            await asyncio.sleep(CANCEL_INTERVAL)
+        else:
+            await asyncio.sleep(RESCUE_INTERVAL)
+
+    async def _introduce(self) -> None:
+        """Nothing is claimed before the instance row is there: what an unknown instance runs could not be rescued."""
+        await self._journal.ready()
+        await asyncio.to_thread(self.heartbeat.beat)
+        self.heartbeat.start()
+        self._known = True
+        await self._rescue()
+        if self._runs_tasks:
+            self._dispatcher.start()
+            self._journal.wake()
+
+    async def _rescue(self) -> None:
+        others = await asyncio.to_thread(self._backend.lapsed, self._clock())
+        dead = [
+            other.instance_id
+            for other, lapsed in others
+            if other.instance_id != self._me.instance_id and (lapsed or is_gone(other, self._me.machine))
+        ]
+        if not dead:
+            return
+        rescued = 0
+        while (answer := await self._journal.obey(Rescue(dead))).changed:
+            rescued += answer.changed
+        for instance_id in dead:
+            await asyncio.to_thread(self._backend.leave, instance_id)
+        if rescued:
+            logger.warning("rescued %d tasks that %d lost instances left running", rescued, len(dead))
+
+    async def _cancel_round(self) -> None:
+        await asyncio.sleep(CANCEL_INTERVAL)
+        if self._dispatcher.running:
+            with contextlib.suppress(BackendUnavailable):
+                for task_id in await self._backend.cancels(self._me.instance_id):
+                    self._dispatcher.cancel(task_id)

@@ -1,0 +1,363 @@
+"""The single writer: collects what must be written and writes it, one transaction per turn.
+
+Owns everything that waits to become durable: drafts, finishes, commands, log lines. One loop takes all of it into one
+turn, writes it, and tells those who wait. While a turn is on its way to the disk the next one fills, so that under
+load one commit carries hundreds of changes, and when idle a change is committed at once.
+
+Three classes of write. *Accepts* and commands fail after `accept_timeout` when the database is away, and are then
+never written. *Finishes* are retried for ever. *Log lines and progress* keep the newest and count the dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from time import monotonic
+from typing import Any, Protocol
+
+from .backends.base import Answer, Backend, Command, Demand, Draft, Finish, LogLine, Progress, Turn, TurnResult
+from .context import TaskContext
+from .errors import BackendUnavailable, QueueFullError
+from .loops import Loop, pause_after
+
+logger = logging.getLogger("taskflow")
+
+ACCEPT_TIMEOUT = 2.0
+POLL_INTERVAL = 1.0
+"""Seconds after which a turn looks for work that nobody announced."""
+MOST_WAITING = 10_000
+"""Drafts, and log lines, that wait for a turn; more are refused, or push out the oldest."""
+MOST_DRAFTS_PER_TURN = 1_000
+
+
+class Worker(Protocol):
+    """What starts tasks: it says what it can take, and is told what became of its last turn."""
+
+    def demand(self, finishes: Sequence[Finish]) -> Demand | None:
+        """What it can start once these finishes are written: the turn that frees a slot also fills it."""
+
+    def held(self) -> frozenset[str]: ...
+
+    def turned(self, finishes: Sequence[Finish], result: TurnResult) -> None: ...
+
+
+Listener = Callable[[Sequence[Finish], TurnResult], None]
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """Somebody who waits for a turn's commit. `deadline` is on the monotonic clock."""
+
+    deadline: float
+    drafts: Sequence[Draft] = ()
+    command: Command | None = None
+    done: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one turn carries; kept until the database has confirmed it."""
+
+    finishes: list[Finish]
+    waiting: list[Waiting]
+    logs: list[LogLine]
+    progress: list[Progress]
+
+    @property
+    def size(self) -> int:
+        return len(self.finishes) + len(self.waiting) + len(self.logs) + len(self.progress)
+
+
+class Journal:
+    def __init__(self, backend: Backend, instance_id: str, *, clock: Callable[[], datetime]) -> None:
+        self._backend = backend
+        self._instance_id = instance_id
+        self._clock = clock
+        self._worker: Worker | None = None
+        self._opened = False
+        self._loop = Loop("journal", self._round)
+        self._wake = asyncio.Event()
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
+
+        self._waiting: deque[Waiting] = deque()
+        self._waiting_drafts = 0
+        self._finishes: list[Finish] = []
+        self._logs: deque[LogLine] = deque(maxlen=MOST_WAITING)
+        self._progress: dict[str, Progress] = {}
+        self._words = threading.Lock()
+
+        self._turning = False
+        self._answered = asyncio.Event()
+        self._failures = 0
+        self._careful = 0
+        self._more = False
+        self._next_due: datetime | None = None
+        self.dropped_logs = 0
+        self.last_turn: float | None = None
+        """Monotonic time of the last turn that was committed; None before the first."""
+        self.last_error: str | None = None
+        self.listeners: list[Listener] = []
+        """Called after each turn that changed something. Must not block and must not raise."""
+
+    # -- lifecycle
+
+    def attach(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def start(self) -> None:
+        self._event_loop = asyncio.get_running_loop()
+        self._wake, self._answered = asyncio.Event(), asyncio.Event()
+        self._thread = threading.get_ident()
+        self._loop.start()
+
+    async def ready(self) -> None:
+        """Returns after the next committed turn: the backend is open and takes writes."""
+        self.wake()
+        await self._answered.wait()
+
+    async def flush(self, deadline: float) -> None:
+        """Writes what waits, until the monotonic `deadline`."""
+        while (self._turning or self._finishes or self._waiting or self._logs) and monotonic() < deadline:
+            self.wake()
+            await asyncio.sleep(0.005)
+
+    async def stop(self) -> None:
+        """Ends the loop; whoever still waits is told so."""
+        await self._loop.stop()
+        self._event_loop = None
+        while self._waiting:
+            settle(self._waiting.popleft(), BackendUnavailable("the service stopped"))
+        if self._finishes:
+            logger.error("stopped with %d results that the database did not take", len(self._finishes))
+            self._finishes.clear()
+        await self._backend.close()
+        self._opened, self.last_turn = False, None
+        self._answered.clear()
+
+    def wake(self) -> None:
+        """Asks for a turn soon. Callable from any thread."""
+        if threading.get_ident() == self._thread:
+            self._wake.set()
+        elif self._event_loop is not None and not self._wake.is_set():
+            with contextlib.suppress(RuntimeError):  # a thread that outlived the event loop
+                self._event_loop.call_soon_threadsafe(self._wake.set)
+
+    # -- what callers bring
+
+    async def accept(self, drafts: Sequence[Draft]) -> None:
+        """Returns once the drafts are committed.
+
+        Raises BackendUnavailable when they could not be in `ACCEPT_TIMEOUT` seconds: then they never will be.
+        Raises QueueFullError when a queue refused one of them; the refused are stored as REJECTED.
+        """
+        if self._event_loop is None:
+            raise BackendUnavailable("the task manager was not started (in tests: `with TestClient(app) as client`)")
+        if self._waiting_drafts + len(drafts) > MOST_WAITING:
+            raise BackendUnavailable(f"{self._waiting_drafts} tasks wait to be stored, more are not taken")
+        self._waiting_drafts += len(drafts)
+        try:
+            await self._submit(Waiting(monotonic() + ACCEPT_TIMEOUT, drafts=drafts))
+        finally:
+            self._waiting_drafts -= len(drafts)
+
+    async def obey(self, command: Command) -> Answer:
+        """What the command found and did, once that is committed. Raises BackendUnavailable like `accept`."""
+        answer = await self._submit(Waiting(monotonic() + ACCEPT_TIMEOUT, command=command))
+        assert isinstance(answer, Answer)
+        return answer
+
+    async def _submit(self, waiting: Waiting) -> Any:
+        self._waiting.append(waiting)
+        self._wake.set()
+        return await waiting.done
+
+    def finish(self, finish: Finish) -> None:
+        """Takes a result; `Worker.turned` says when it is written."""
+        self._finishes.append(finish)
+        self._wake.set()
+
+    def log(self, context: TaskContext, level: str, message: str, extra: Mapping[str, Any]) -> None:
+        """From any thread. Kept in order, before the finish of its attempt."""
+        line = LogLine(context.task_id, self._clock(), clean(level), context.attempt, clean(message), extra)
+        with self._words:
+            self.dropped_logs += len(self._logs) == MOST_WAITING
+            self._logs.append(line)
+        self.wake()
+
+    def progress(self, context: TaskContext, value: Mapping[str, Any]) -> None:
+        """From any thread. Only the newest word of each task waits."""
+        with self._words:
+            self._progress[context.task_id] = Progress(context.task_id, context.attempt + 1, value)
+        self.wake()
+
+    # -- the loop
+
+    async def _round(self) -> None:
+        await self._until_needed()
+        self._expire()
+        batch = self._collect()
+        self._turning = True
+        try:
+            if not self._opened:
+                await self._backend.open()
+                self._opened = True
+            result = await asyncio.shield(self._backend.turn(self._turn(batch)))
+        except BackendUnavailable as error:
+            self._put_back(batch)
+            self._away(error.reason)
+            await self._pause()
+        except Exception as error:
+            self._isolate(batch, error)
+            raise
+        except asyncio.CancelledError:
+            self._put_back(batch)
+            raise
+        else:
+            self._written(batch, result)
+        finally:
+            self._turning = False
+
+    async def _until_needed(self) -> None:
+        if not (self._wake.is_set() or self._more or self._careful or self._waiting or self._finishes):
+            try:
+                async with asyncio.timeout(self._seconds_to_next_look()):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+        self._wake.clear()
+
+    def _seconds_to_next_look(self) -> float:
+        if self._next_due is None:
+            return POLL_INTERVAL
+        return min(POLL_INTERVAL, max(0.0, (self._next_due - self._clock()).total_seconds()))
+
+    def _expire(self) -> None:
+        """Refuses those whose time is up. Between turns only: inside one nobody can say whether they are written."""
+        now = monotonic()
+        while self._failures and self._waiting and self._waiting[0].deadline <= now:
+            settle(self._waiting.popleft(), BackendUnavailable(self.last_error or "no answer"))
+
+    def _collect(self) -> Batch:
+        if self._careful:
+            self._careful -= 1
+            return self._one_piece()
+        finishes, self._finishes = self._finishes, []
+        waiting: list[Waiting] = []
+        drafts = 0
+        while self._waiting and drafts < MOST_DRAFTS_PER_TURN:
+            waiting.append(self._waiting.popleft())
+            drafts += len(waiting[-1].drafts)
+        with self._words:
+            logs, progress = list(self._logs), list(self._progress.values())
+            self._logs.clear()
+            self._progress.clear()
+        return Batch(finishes, waiting, logs, progress)
+
+    def _one_piece(self) -> Batch:
+        if self._waiting:
+            return Batch([], [self._waiting.popleft()], [], [])
+        if self._finishes:
+            return Batch([self._finishes.pop(0)], [], [], [])
+        with self._words:
+            if self._logs:
+                return Batch([], [], [self._logs.popleft()], [])
+            return Batch([], [], [], [self._progress.pop(key) for key in [*self._progress][:1]])
+
+    def _turn(self, batch: Batch) -> Turn:
+        return Turn(
+            now=self._clock(),
+            instance=self._instance_id,
+            finishes=batch.finishes,
+            drafts=[draft for waiting in batch.waiting for draft in waiting.drafts],
+            commands=[waiting.command for waiting in batch.waiting if waiting.command is not None],
+            logs=batch.logs,
+            progress=batch.progress,
+            demand=self._worker.demand(batch.finishes) if self._worker else None,
+            held=self._worker.held() if self._worker and self._failures else None,
+        )
+
+    def _written(self, batch: Batch, result: TurnResult) -> None:
+        if self._failures:
+            logger.warning("the task backend answers again after %d failed tries", self._failures)
+        self._failures, self.last_error = 0, None
+        self._more, self._next_due = result.more, result.next_due
+        self.last_turn = monotonic()
+        self._answered.set()
+        answers = iter(result.answers)
+        for waiting in batch.waiting:
+            settle(waiting, next(answers) if waiting.command is not None else verdict(waiting.drafts, result))
+        if self._worker is not None:
+            self._worker.turned(batch.finishes, result)
+        if batch.size or result.claimed:
+            for listener in self.listeners:
+                listener(batch.finishes, result)
+
+    def _put_back(self, batch: Batch) -> None:
+        self._finishes[:0] = batch.finishes
+        self._waiting.extendleft(reversed(batch.waiting))
+        with self._words:
+            self._logs = deque([*batch.logs, *self._logs], maxlen=MOST_WAITING)  # the newest stay
+            self._progress = {item.task_id: item for item in batch.progress} | self._progress
+
+    def _away(self, reason: str) -> None:
+        if not self._failures:
+            logger.error("the task backend is away (%s); results are kept and tried again", reason)
+        self._failures += 1
+        self._more = False
+        self.last_error = reason
+
+    def _isolate(self, batch: Batch, error: Exception) -> None:
+        """One broken value must not hold up the others: the batch is tried again piece by piece, and the piece that
+        fails alone is given up."""
+        self._away(f"{type(error).__name__}: {error}")
+        if batch.size > 1:
+            self._put_back(batch)
+            self._careful = batch.size
+        elif batch.waiting:
+            settle(batch.waiting[0], error)
+        elif batch.finishes and (plain := without_texts(batch.finishes[0])) != batch.finishes[0]:
+            self._finishes.insert(0, plain)
+        else:
+            self._put_back(batch)
+
+    async def _pause(self) -> None:
+        """Before the next try, but never beyond the moment when somebody has to be told "no"."""
+        seconds = pause_after(self._failures)
+        if self._waiting:
+            seconds = min(seconds, max(0.0, self._waiting[0].deadline - monotonic()) + 0.001)
+        await asyncio.sleep(seconds)
+
+
+def settle(waiting: Waiting, outcome: Answer | Exception | None) -> None:
+    if waiting.done.done():  # its caller was cancelled
+        return
+    if isinstance(outcome, Exception):
+        waiting.done.set_exception(outcome)
+    else:
+        waiting.done.set_result(outcome)
+
+
+def verdict(drafts: Sequence[Draft], result: TurnResult) -> QueueFullError | None:
+    for draft in drafts:
+        if draft.task_id in result.rejected:
+            return QueueFullError(draft.queue, result.rejected[draft.task_id])
+    return None
+
+
+def without_texts(finish: Finish) -> Finish:
+    """What remains of a finish whose texts the database does not take: how it ended."""
+    return replace(finish, result=None, error=finish.error and "(the error text could not be stored)", stacktrace=None)
+
+
+def clean(text: str) -> str:
+    """Without what databases refuse in text: NUL and lone surrogates."""
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+

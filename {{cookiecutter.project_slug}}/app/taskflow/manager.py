@@ -1,0 +1,212 @@
+"""`TaskManager`: what a team writes against, and the place where the parts are put together.
+
+Owns the decorators and the lifecycle. It holds no logic of its own: it builds the graph (backend, journal, runner,
+dispatcher, store), starts it in order and stops it in reverse.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime
+from time import monotonic
+from typing import Any, TypeVar, overload
+
+import uuid_utils
+from fastapi import FastAPI
+
+from .background import request_dependencies
+from .backends import Backend, open_backend
+from .dispatcher import Dispatcher
+from .executors import AsyncExecutor, Executor, ThreadExecutor
+from .housekeeping import Housekeeping, introduce
+from .journal import Journal
+from .models import ExecutorKind, QueueConfig, RetryOn, TaskConfig, utc_now
+from .registry import TaskRegistry
+from .runner import Runner
+from .store import AddOptions, TaskStore
+
+logger = logging.getLogger("taskflow")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+LAST_WRITES = 5.0
+"""Seconds that a stopping service has, beyond its drain, to write what its tasks returned."""
+
+
+class TaskManager:
+    """The task system of one application.
+
+    `snapshot_db` is a file path or the URL of any backend; `snapshot_backend` an opened backend; without either, tasks
+    live in memory through the same code. `shutdown_timeout` is how many seconds a clean stop waits for running tasks.
+    """
+
+    def __init__(
+        self,
+        *,
+        snapshot_db: str | None = None,
+        snapshot_backend: Backend | None = None,
+        snapshot_interval: float = 60.0,
+        requeue_pending: bool = True,
+        loggers: Iterable[Any] | None = None,
+        log_file: str | None = None,
+        log_file_max_bytes: int = 10 * 1024 * 1024,
+        log_file_backup_count: int = 5,
+        log_file_mode: str = "rotate",
+        log_lifecycle: bool = False,
+        encrypt_args_key: str | bytes | list[str | bytes] | None = None,
+        max_concurrent_tasks: int | None = None,
+        max_sync_threads: int | None = None,
+        max_process_workers: int | None = None,
+        process_shutdown_timeout: float = 30.0,
+        shutdown_timeout: float = 30.0,
+        retention_days: float | None = None,
+        queues: Mapping[str, QueueConfig] | None = None,
+        max_size: int | None = None,
+        retry_replaces_original: bool = True,
+    ) -> None:
+        self.snapshot_interval = snapshot_interval
+        self.shutdown_timeout = shutdown_timeout
+        self.registry = TaskRegistry()
+        self.backend = snapshot_backend or open_backend(snapshot_db)
+        self.instance_id = str(uuid_utils.uuid7())
+        clock = utc_now
+        executors: dict[str, Executor] = {
+            "async": AsyncExecutor(max_concurrent_tasks),
+            "thread": ThreadExecutor(max_sync_threads),
+        }
+        self.journal = Journal(self.backend, self.instance_id, clock=clock)
+        self.runner = Runner(self.registry, executors, self.journal, clock)
+        self.dispatcher = Dispatcher(self.registry, executors, self.runner, self.journal)
+        self.journal.attach(self.dispatcher)
+        self.store = TaskStore(
+            self.registry,
+            self.backend,
+            self.journal,
+            self.dispatcher,
+            clock=clock,
+            retry_replaces_original=retry_replaces_original,
+        )
+        self.runs_tasks = True
+        """False in a process that only accepts: its tasks are run by others."""
+        self.accept_tasks, self.get_tasks = request_dependencies(self.store)
+        self._clock = clock
+        self._housekeeping: Housekeeping | None = None
+
+    # -- decorators
+
+    @overload
+    def task(self, function: F, /) -> F: ...
+
+    @overload
+    def task(
+        self,
+        *,
+        name: str | None = None,
+        retries: int = 0,
+        delay: float = 0.0,
+        backoff: float = 1.0,
+        max_delay: float | None = None,
+        jitter: bool = False,
+        retry_on: RetryOn | type[BaseException] | None = None,
+        timeout: float | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        executor: ExecutorKind | None = None,
+        eager: bool = False,
+        persist: bool = True,
+        requeue_on_interrupt: bool = False,
+        tags: Mapping[str, str] | None = None,
+    ) -> Callable[[F], F]: ...
+
+    def task(self, function: F | None = None, /, **options: Any) -> F | Callable[[F], F]:
+        """Makes a function a task and returns it unchanged. See `TaskConfig` for what the options mean.
+
+        Raises ValueError or TaskflowError where an option cannot be.
+        """
+        config = TaskConfig(**normal_options(options))
+
+        def register(function: F) -> F:
+            self.registry.add(function, config)
+            return function
+
+        return register if function is None else register(function)
+
+    # -- outside a request
+
+    async def enqueue(
+        self,
+        func: Callable[..., Any],
+        *args: Any,
+        idempotency_key: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        priority: int | None = None,
+        queue: str | None = None,
+        delay_seconds: float | None = None,
+        run_at: datetime | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Stores a task and returns its id once it is durable.
+
+        Raises TaskArgumentError, QueueFullError or BackendUnavailable; then nothing will run.
+        """
+        options = AddOptions(idempotency_key, tags, priority, queue, delay_seconds, run_at)
+        draft = self.store.draft(func, args, kwargs, options)
+        await self.store.accept([draft])
+        return draft.task_id
+
+    async def result(self, task_id: str, timeout: float | None = None) -> Any:
+        """What the task returned, once it has. Raises TaskFailed, TimeoutError, TaskNotFound."""
+        return await self.store.result(task_id, timeout)
+
+    # -- lifecycle
+
+    def init_app(self, app: FastAPI) -> None:
+        """Runs with this app's lifespan, after its own start-up and until before its own shutdown. Adds no routes."""
+        from .admin import install_error_handlers, join_lifespan
+
+        join_lifespan(app, self.lifespan)
+        install_error_handlers(app)
+
+    @asynccontextmanager
+    async def lifespan(self, _app: Any = None) -> AsyncIterator[None]:
+        await self.startup()
+        try:
+            yield
+        finally:
+            await self.shutdown()
+
+    async def startup(self) -> None:
+        """Starts in the background; a database that is away does not keep the app from starting."""
+        if self._housekeeping is not None:
+            return
+        me = introduce(self.instance_id, "1", self._clock())
+        self._housekeeping = Housekeeping(
+            self.backend, self.journal, self.dispatcher, me, clock=self._clock, runs_tasks=self.runs_tasks
+        )
+        self.journal.start()
+        self._housekeeping.start()
+
+    async def shutdown(self) -> None:
+        """Takes no more tasks, waits for running ones up to `shutdown_timeout`, writes everything, lets go."""
+        if self._housekeeping is None:
+            return
+        housekeeping, self._housekeeping = self._housekeeping, None
+        deadline = monotonic() + self.shutdown_timeout
+        await housekeeping.stop()
+        await self.dispatcher.drain(deadline)
+        await self.journal.flush(monotonic() + LAST_WRITES)
+        await housekeeping.sign_off()
+        await self.journal.stop()
+
+
+def normal_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as `TaskConfig` takes them: one exception class, or any sequence of them, becomes a tuple."""
+    retry_on = options.get("retry_on")
+    if isinstance(retry_on, type):
+        options["retry_on"] = (retry_on,)
+    elif isinstance(retry_on, list | set | frozenset):
+        options["retry_on"] = tuple(retry_on)
+    options["tags"] = dict(options.get("tags") or {})
+    return options

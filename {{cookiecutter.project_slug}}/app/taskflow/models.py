@@ -1,0 +1,324 @@
+"""The values of the task system: what a task is, may become and did.
+
+Owns the vocabulary that every other module shares: statuses and the transitions between them, event kinds,
+the settings of tasks and queues, and the records that pages and callers see. Frozen data, no I/O. Times are
+timezone-aware UTC datetimes here; storage keeps them as integer microseconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, Literal
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+DEFAULT_QUEUE = "default"
+
+
+class TaskStatus(StrEnum):
+    PENDING = "pending"
+    """Accepted and waiting: for a slot, for its time, or for its next attempt."""
+    RUNNING = "running"
+    """Claimed by one instance, which holds its lease."""
+    SUCCESS = "success"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+    """Its process went away while it ran; not started again without an operator."""
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+    """Its queue was full; kept so that it can be seen and requeued."""
+
+    @property
+    def terminal(self) -> bool:
+        return self not in (TaskStatus.PENDING, TaskStatus.RUNNING)
+
+
+DELAYED = "delayed"
+"""How a PENDING task is *stored* while its `run_at` lies ahead.
+
+Kept apart from "pending", so that the claim's index and a queue's count hold only what may start now. Readers
+never see it: a record says PENDING.
+"""
+
+TRANSITIONS: Mapping[TaskStatus | None, frozenset[TaskStatus]] = MappingProxyType(
+    {
+        None: frozenset({TaskStatus.PENDING, TaskStatus.REJECTED}),
+        TaskStatus.PENDING: frozenset({TaskStatus.RUNNING, TaskStatus.CANCELLED}),
+        TaskStatus.RUNNING: frozenset(
+            {
+                TaskStatus.SUCCESS,
+                TaskStatus.FAILED,
+                TaskStatus.PENDING,
+                TaskStatus.CANCELLED,
+                TaskStatus.INTERRUPTED,
+            }
+        ),
+        TaskStatus.SUCCESS: frozenset(),
+        TaskStatus.FAILED: frozenset({TaskStatus.PENDING}),
+        TaskStatus.INTERRUPTED: frozenset({TaskStatus.PENDING}),
+        TaskStatus.CANCELLED: frozenset({TaskStatus.PENDING}),
+        TaskStatus.REJECTED: frozenset({TaskStatus.PENDING}),
+    }
+)
+"""Every change of status that may ever be written; `None` is a task that does not exist yet."""
+
+RETRYABLE = frozenset(status for status, targets in TRANSITIONS.items() if status and status.terminal and targets)
+"""Statuses from which an operator may requeue."""
+
+
+class EventKind(StrEnum):
+    """What an event row records, and the transition it stands for."""
+
+    ACCEPTED = "accepted"  # (nothing) -> PENDING
+    REJECTED = "rejected"  # (nothing) -> REJECTED
+    STARTED = "started"  # PENDING -> RUNNING
+    SUCCEEDED = "succeeded"  # RUNNING -> SUCCESS
+    RETRYING = "retrying"  # RUNNING -> PENDING: the attempt failed, or asked to be run later
+    FAILED = "failed"  # RUNNING -> FAILED
+    CANCEL_REQUESTED = "cancel_requested"  # RUNNING stays, its owner is told
+    CANCELLED = "cancelled"  # PENDING or RUNNING -> CANCELLED
+    INTERRUPTED = "interrupted"  # RUNNING -> INTERRUPTED
+    RESCUED = "rescued"  # RUNNING -> PENDING: its process went away and the task may be started again
+    REQUEUED = "requeued"  # a terminal status -> PENDING, by an operator
+    LEASE_LOST = "lease_lost"  # no transition: a result that came too late was refused
+
+
+ExecutorKind = Literal["async", "thread", "process"]
+RetryOn = Callable[[BaseException], bool | float] | tuple[type[BaseException], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskConfig:
+    """How one task function is to be run. Checked where it is written, not when it runs.
+
+    `delay`, `max_delay` and `timeout` are seconds. Retry n (from 0) waits `delay * backoff**n`, at most
+    `max_delay`; with `jitter` a random time between 0 and that.
+    """
+
+    name: str | None = None
+    retries: int = 0
+    delay: float = 0.0
+    backoff: float = 1.0
+    max_delay: float | None = None
+    jitter: bool = False
+    retry_on: RetryOn | None = None
+    timeout: float | None = None
+    queue: str | None = None
+    priority: int | None = None
+    executor: ExecutorKind | None = None
+    eager: bool = False
+    persist: bool = True
+    """Accepted so that existing decorators keep working; every task is stored, whatever it says."""
+    requeue_on_interrupt: bool = False
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.retries, int) and self.retries >= 0, "retries", self.retries, "0 or more")
+        _require(_finite(self.delay) and self.delay >= 0, "delay", self.delay, "0 or more seconds")
+        _require(_finite(self.backoff) and self.backoff > 0, "backoff", self.backoff, "above 0")
+        for option, value in (("max_delay", self.max_delay), ("timeout", self.timeout)):
+            _require(value is None or (_finite(value) and value > 0), option, value, "None or above 0 seconds")
+        _require(
+            self.executor in (None, "async", "thread", "process"), "executor", self.executor, "async, thread or process"
+        )
+        _require(
+            self.priority is None or (isinstance(self.priority, int) and abs(self.priority) < 2**31),
+            "priority",
+            self.priority,
+            "None or a 32-bit integer",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class QueueConfig:
+    """Limits of one named queue: tasks running at once, and tasks waiting to start. None is no limit."""
+
+    concurrency: int | None = None
+    max_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("concurrency", self.concurrency), ("max_size", self.max_size)):
+            _require(value is None or (isinstance(value, int) and value >= 1), option, value, "None or 1 and more")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """One task as it stands in the database. `attempt` is the number of attempts started so far."""
+
+    task_id: str
+    func_name: str
+    status: TaskStatus
+    queue: str
+    priority: int | None
+    executor: str
+    source: str
+    tags: Mapping[str, str]
+    created_at: datetime
+    run_at: datetime
+    start_time: datetime | None
+    end_time: datetime | None
+    attempt: int
+    excused: int
+    """Started attempts that do not count against `max_attempts`: an interruption, a `RetryLater`, an operator's retry."""
+    max_attempts: int
+    error: str | None
+    stacktrace: str | None
+    arguments: str | None
+    """Encoded arguments, as `codec` wrote them; None where the reader did not ask for them."""
+    result: str | None
+    progress: Mapping[str, Any] | None
+    instance: str | None
+    idempotency_key: str | None
+    cancel_requested: bool
+    retry_of: str | None
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds from the last start to the end."""
+        if self.start_time is None or self.end_time is None:
+            return None
+        return max(0.0, (self.end_time - self.start_time).total_seconds())
+
+    @property
+    def retries_used(self) -> int:
+        return max(0, self.attempt - self.excused - 1)
+
+    @property
+    def waits(self) -> bool:
+        """True while the task is pending for a time that lies ahead when it was stored."""
+        return self.status is TaskStatus.PENDING and self.run_at > self.created_at
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEvent:
+    """One line of a task's history. `attempt` counts from 0; None where no attempt is meant."""
+
+    seq: int
+    task_id: str
+    time: datetime
+    kind: str
+    attempt: int | None
+    instance: str | None
+    actor: str | None
+    detail: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """One stored `task_log` line. `attempt` counts from 0."""
+
+    seq: int
+    task_id: str
+    time: datetime
+    level: str
+    attempt: int
+    message: str
+    extra: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFilter:
+    """Which tasks a page shows; every part that is set must hold."""
+
+    statuses: tuple[TaskStatus, ...] = ()
+    func_name: str | None = None
+    queue: str | None = None
+    source: str | None = None
+    tags: tuple[tuple[str, str], ...] = ()
+    since: datetime | None = None
+    until: datetime | None = None
+    text: str | None = None
+    """Words found in the name, the start of the id, the error or a tag."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place in the list of tasks, newest first: the page continues below it."""
+
+    created_at: datetime
+    task_id: str
+
+    def __str__(self) -> str:
+        return f"{to_micros(self.created_at)}_{self.task_id}"
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor:
+        """Raises ValueError naming the text when it is not a cursor this API gave out."""
+        micros, _, task_id = text.partition("_")
+        try:
+            return cls(from_micros(int(micros)), task_id)
+        except (ValueError, OverflowError):
+            raise ValueError(f"before={text!r}: not a cursor of this list") from None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPage:
+    tasks: Sequence[TaskRecord]
+    older: Cursor | None
+    """Where the next page starts; None on the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many tasks of one name in one queue have one status, and the seconds they ran."""
+
+    queue: str
+    name: str
+    status: TaskStatus
+    n: int
+    seconds: float
+    delayed: int = 0
+    """Of PENDING ones, those that wait for a time ahead."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRecord:
+    """One process that serves this backend, or did."""
+
+    instance_id: str
+    host: str
+    pid: int
+    version: str
+    started: datetime
+    heartbeat: datetime
+    slots: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledOnce:
+    """A one-off task that waits for its time under a replaceable key."""
+
+    run_key: str
+    task_id: str
+    func_name: str
+    fire_at: datetime
+    queue: str
+    priority: int | None
+    tags: Mapping[str, str]
+    created_at: datetime
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def to_micros(moment: datetime) -> int:
+    """Integer microseconds since the epoch, exact for every datetime."""
+    return (moment - EPOCH) // timedelta(microseconds=1)
+
+
+def from_micros(micros: int) -> datetime:
+    return EPOCH + timedelta(microseconds=micros)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < float("inf")
+
+
+def _require(holds: bool, option: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{option}={value!r}: must be {rule}")

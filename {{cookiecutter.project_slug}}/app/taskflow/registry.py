@@ -1,0 +1,163 @@
+"""Which functions are tasks: name -> function, its settings, and how to check and store its arguments.
+
+Owns the table that `@task_manager.task` fills. A name belongs to one function for the life of the process; a second
+function of the same name is refused where it is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ConfigDict, PydanticUserError, ValidationError, validate_call
+
+from . import codec
+from .errors import TaskArgumentError, TaskflowError, UnknownFunction
+from .models import ExecutorKind, TaskConfig
+
+TaskFunction = Callable[..., Any]
+MISSING = inspect.Parameter.empty
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TaskDefinition:
+    """A task function with everything that is known about it before it is called."""
+
+    name: str
+    function: TaskFunction
+    config: TaskConfig
+    executor: ExecutorKind
+    check: Callable[..., Call] = field(repr=False)
+    """Called like the function; returns the arguments as their annotations say, or raises ValidationError or TypeError."""
+
+    @property
+    def max_attempts(self) -> int:
+        return self.config.retries + 1
+
+    def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """The stored form of a call, checked against the signature. Raises TaskArgumentError."""
+        args, kwargs = self._checked(args, kwargs)
+        try:
+            return codec.encode_call(args, kwargs)
+        except (codec.CannotStore, RecursionError) as error:
+            raise self._first_refused(args, kwargs, error) from error
+
+    def decode(self, stored: str) -> Call:
+        """The call that `encode` stored, with its types. Raises ValueError, or TaskArgumentError after a change of
+        the function's signature."""
+        args, kwargs = codec.decode_call(stored)
+        return self._checked(args, kwargs)
+
+    def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        try:
+            return self.check(*args, **kwargs)
+        except ValidationError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: ValidationError) -> TaskArgumentError:
+        first = error.errors(include_url=False)[0]
+        place, *deeper = first["loc"] or ("",)
+        rule = first["msg"] + (f" (at {'.'.join(map(str, deeper))})" if deeper else "")
+        value = first["input"] if "missing" not in first["type"] else MISSING
+        return TaskArgumentError(self.name, self._parameter(place), value, rule)
+
+    def _first_refused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> TaskArgumentError:
+        for place, value in [*enumerate(args), *kwargs.items()]:
+            try:
+                codec.encode(value)
+            except (codec.CannotStore, RecursionError) as reason:
+                return TaskArgumentError(self.name, self._parameter(place), value, str(reason))
+        return TaskArgumentError(self.name, "", (args, kwargs), str(error))
+
+    def _parameter(self, place: int | str) -> str:
+        if isinstance(place, str):
+            return place
+        names = list(inspect.signature(self.function).parameters)
+        return names[place] if place < len(names) else str(place)
+
+
+class TaskRegistry:
+    def __init__(self) -> None:
+        self._by_name: dict[str, TaskDefinition] = {}
+        self._by_function: dict[TaskFunction, TaskDefinition] = {}
+        self.executors: dict[str, str] = {}
+        """Task name -> executor kind: what a claim needs to know."""
+
+    def add(self, function: TaskFunction, config: TaskConfig) -> TaskDefinition:
+        """Registers a function. Raises TaskflowError when its name is taken or its executor cannot run it."""
+        name = config.name or function.__name__
+        taken = self._by_name.get(name)
+        if taken is not None and not same_function(taken.function, function):
+            raise TaskflowError(
+                f"two task functions are named {name!r}: {where(taken.function)} and {where(function)}; "
+                "give one of them another name with @task_manager.task(name=...)"
+            )
+        definition = TaskDefinition(name, function, config, executor_for(function, config), argument_check(function))
+        self._by_name[name] = self._by_function[function] = definition
+        self.executors[name] = definition.executor
+        return definition
+
+    def named(self, name: str) -> TaskDefinition:
+        """Raises UnknownFunction."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise UnknownFunction(name) from None
+
+    def of(self, function: TaskFunction) -> TaskDefinition:
+        """The definition of a function; one that was never decorated gets the default settings.
+
+        Raises TaskflowError for a function that could not be found again after a restart.
+        """
+        definition = self._by_function.get(function)
+        if definition is not None:
+            return definition
+        if not inspect.isfunction(function) or "<" in function.__qualname__:
+            raise TaskflowError(
+                f"{function!r} cannot be a task: only a function defined in a module or decorated with "
+                "@task_manager.task is found again after a restart"
+            )
+        return self.add(function, TaskConfig())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Any:
+        return iter(self._by_name.values())
+
+
+def executor_for(function: TaskFunction, config: TaskConfig) -> ExecutorKind:
+    """Coroutine functions run on the event loop, others in a thread, unless the settings say otherwise."""
+    is_async = inspect.iscoroutinefunction(function)
+    wanted = config.executor or ("async" if is_async else "thread")
+    if is_async and wanted != "async":
+        raise TaskflowError(f"{where(function)} is an async def: executor={wanted!r} cannot run it, leave it out")
+    if not is_async and wanted == "async":
+        raise TaskflowError(f"{where(function)} is a plain def: executor='async' would block the event loop")
+    return wanted
+
+
+def argument_check(function: TaskFunction) -> Callable[..., Call]:
+    """A function of the same signature and annotations that returns its arguments, converted and checked by pydantic."""
+
+    @functools.wraps(function)
+    def arguments(*args: Any, **kwargs: Any) -> Call:
+        return args, kwargs
+
+    try:
+        return validate_call(arguments, config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticUserError, NameError) as error:
+        raise TaskflowError(f"{where(function)}: its annotations cannot be checked ({error})") from error
+
+
+def same_function(one: TaskFunction, other: TaskFunction) -> bool:
+    """True for a function and its later self: a module that was reloaded, or run as __main__ and imported."""
+    return (one.__qualname__, inspect.getsourcefile(one)) == (other.__qualname__, inspect.getsourcefile(other))
+
+
+def where(function: TaskFunction) -> str:
+    return f"{function.__module__}.{function.__qualname__}"

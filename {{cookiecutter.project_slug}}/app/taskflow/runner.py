@@ -1,0 +1,205 @@
+"""One attempt: run the function, turn what happened into an outcome, decide what the task becomes.
+
+Owns the passage from a claimed row to a finish. It writes nothing and starts nothing else; the dispatcher calls `run`
+and brings the finish to the journal. User code runs here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from . import codec
+from .backends.base import Claimed, Finish
+from .context import TaskContext, TaskSink, current
+from .errors import CancelTask, RetryLater
+from .executors import Call, Executor
+from .models import EventKind, TaskConfig, TaskStatus
+from .registry import TaskDefinition, TaskRegistry
+from .retry import seconds_until_retry
+
+LARGEST_RESULT = 64 * 1024
+"""Characters of JSON; a larger result is dropped with a warning in the task's log."""
+LONGEST_ERROR = 4_000
+LONGEST_STACKTRACE = 32_000
+MOST_RETRY_LATER = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    result: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Postponed:
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted: ...
+
+
+Outcome = Succeeded | Failed | Postponed | Cancelled | Interrupted
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One running attempt. `stopped_by` says who asked it to stop, if anybody did."""
+
+    task: Claimed
+    context: TaskContext
+    stopped_by: Literal["operator", "shutdown"] | None = None
+
+
+class Runner:
+    def __init__(
+        self,
+        registry: TaskRegistry,
+        executors: Mapping[str, Executor],
+        sink: TaskSink,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._registry = registry
+        self._executors = executors
+        self._sink = sink
+        self._clock = clock
+
+    def attempt(self, task: Claimed) -> Attempt:
+        return Attempt(task, TaskContext(task.task_id, task.name, task.attempt - 1, task.tags, self._sink))
+
+    async def run(self, attempt: Attempt) -> Finish:
+        """Runs the attempt to its end and says what to write. Raises nothing that the task can cause."""
+        task = attempt.task
+        try:
+            definition = self._registry.named(task.name)
+            outcome = await self._outcome(attempt, definition)
+            config = definition.config
+        except Exception as error:  # noqa: BLE001 - a gone function or unreadable arguments fail this task alone
+            outcome, config = Failed(error), TaskConfig()
+        return decide(task, config, outcome, self._clock())
+
+    async def _outcome(self, attempt: Attempt, definition: TaskDefinition) -> Outcome:
+        args, kwargs = definition.decode(attempt.task.arguments)
+        executor = self._executors[definition.executor]
+        current.set(attempt.context)
+        try:
+            call = Call(definition.function, args, kwargs)
+            if definition.config.timeout is None:
+                value = await executor.run(call)
+            else:
+                async with asyncio.timeout(definition.config.timeout):
+                    value = await executor.run(call)
+        except RetryLater as later:
+            return Postponed(later.seconds)
+        except CancelTask as cancel:
+            return Cancelled(cancel.reason)
+        except asyncio.CancelledError as error:
+            return stopped(attempt) or Failed(error)
+        except TimeoutError as error:
+            return stopped(attempt) or Failed(self._timed_out(attempt, definition) or error)
+        except BaseException as error:  # noqa: BLE001 - user code
+            return stopped(attempt) or Failed(error)
+        finally:
+            current.set(None)
+        return stopped(attempt) or Succeeded(self._stored(attempt, value))
+
+    def _timed_out(self, attempt: Attempt, definition: TaskDefinition) -> TimeoutError | None:
+        """The error of an attempt whose time is up; None when the function raised a TimeoutError of its own."""
+        seconds = definition.config.timeout
+        ran = (self._clock() - attempt.task.started_at).total_seconds()
+        if seconds is None or ran < seconds:
+            return None
+        attempt.context.cancelled = True
+        return TimeoutError(f"timed out after {seconds:g} s")
+
+    def _stored(self, attempt: Attempt, value: Any) -> str | None:
+        if value is None:
+            return None
+        try:
+            text = codec.encode(value)
+        except (codec.CannotStore, RecursionError) as error:
+            self._sink.log(attempt.context, "warning", f"the result was not stored: {error}", {})
+            return None
+        if len(text) > LARGEST_RESULT:
+            note = f"the result was not stored: {len(text)} characters, more than {LARGEST_RESULT}"
+            self._sink.log(attempt.context, "warning", note, {})
+            return None
+        return text
+
+
+def stopped(attempt: Attempt) -> Outcome | None:
+    """What an attempt becomes that ended after it was asked to stop."""
+    match attempt.stopped_by:
+        case "operator":
+            return Cancelled("cancelled by an operator")
+        case "shutdown":
+            return Interrupted()
+        case None:
+            return None
+
+
+def decide(task: Claimed, config: TaskConfig, outcome: Outcome, now: datetime) -> Finish:
+    """The transition that an outcome leads to. Pure but for the jitter."""
+    match outcome:
+        case Succeeded(result):
+            return Finish(task, EventKind.SUCCEEDED, TaskStatus.SUCCESS, now, result=result)
+        case Cancelled(reason):
+            return Finish(task, EventKind.CANCELLED, TaskStatus.CANCELLED, now, error=reason)
+        case Interrupted() if task.requeue:
+            return Finish(task, EventKind.RESCUED, TaskStatus.PENDING, now, run_at=now, excused=True)
+        case Interrupted():
+            reason = "the service stopped while it ran"
+            return Finish(task, EventKind.INTERRUPTED, TaskStatus.INTERRUPTED, now, error=reason, excused=True)
+        case Postponed(seconds) if task.excused < MOST_RETRY_LATER:
+            run_at = now + timedelta(seconds=seconds)
+            return Finish(task, EventKind.RETRYING, TaskStatus.PENDING, now, run_at=run_at, excused=True)
+        case Postponed():
+            return failed(task, RuntimeError(f"asked to be retried later {MOST_RETRY_LATER} times"), None, now)
+        case Failed(error):
+            return failed(task, error, retry_time(task, config, error, now), now)
+
+
+def retry_time(task: Claimed, config: TaskConfig, error: BaseException, now: datetime) -> datetime | None:
+    if not task.attempts_left:
+        return None
+    try:
+        seconds = seconds_until_retry(config, error, task.attempt - task.excused - 1)
+    except Exception as broken:  # noqa: BLE001 - the predicate is user code: what it could not judge is not retried
+        error.add_note(f"retry_on raised {type(broken).__name__}: {broken}")
+        return None
+    return None if seconds is None else now + timedelta(seconds=seconds)
+
+
+def failed(task: Claimed, error: BaseException, retry_at: datetime | None, now: datetime) -> Finish:
+    retried = retry_at is not None
+    return Finish(
+        task,
+        EventKind.RETRYING if retried else EventKind.FAILED,
+        TaskStatus.PENDING if retried else TaskStatus.FAILED,
+        now,
+        run_at=retry_at,
+        error=text_of(error)[:LONGEST_ERROR],
+        stacktrace="".join(traceback.format_exception(error))[-LONGEST_STACKTRACE:],
+    )
+
+
+def text_of(error: BaseException) -> str:
+    """`str(error)`, or its type where that says nothing."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:  # noqa: BLE001 - user code: __str__
+        return type(error).__name__

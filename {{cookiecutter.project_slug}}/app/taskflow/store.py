@@ -1,0 +1,284 @@
+"""Every question and every command about tasks.
+
+Owns what "accept", "cancel", "retry" and "show" mean; the API, the pages and the command line all ask here, so that they
+agree. Questions go to the backend, commands through the journal. It keeps no task in memory: only who waits for a result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid5
+
+import uuid_utils
+
+from . import codec
+from .backends.base import Backend, Cancel, Draft, Finish, Requeue, TurnResult
+from .dispatcher import Dispatcher
+from .errors import TaskFailed, TaskflowError, TaskNotFound, TaskStateError
+from .journal import Journal
+from .models import (
+    DEFAULT_QUEUE,
+    RETRYABLE,
+    Count,
+    Cursor,
+    InstanceRecord,
+    LogEntry,
+    TaskEvent,
+    TaskFilter,
+    TaskPage,
+    TaskRecord,
+    TaskStatus,
+)
+from .registry import TaskFunction, TaskRegistry
+
+KEY_NAMESPACE = UUID("6f2d7c1e-3b0a-5c0e-9a53-1d5f0f6a8f11")
+"""Ids of tasks with an idempotency key are uuid5 of this and "name:key": equal keys meet in one row, everywhere."""
+RESULT_POLL = 1.0
+"""Seconds between looks at a task that may run in another process."""
+MOST_TAG_CHARACTERS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class AddOptions:
+    """What a caller may say about one task, beyond its arguments. None means: as the decorator says."""
+
+    idempotency_key: str | None = None
+    tags: Mapping[str, str] | None = None
+    priority: int | None = None
+    queue: str | None = None
+    delay_seconds: float | None = None
+    run_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Numbers over all stored tasks. `success_rate` is over those that succeeded, failed or were interrupted."""
+
+    total: int
+    by_status: Mapping[TaskStatus, int]
+    success_rate: float
+    avg_duration_seconds: float
+
+
+class TaskStore:
+    def __init__(
+        self,
+        registry: TaskRegistry,
+        backend: Backend,
+        journal: Journal,
+        dispatcher: Dispatcher,
+        *,
+        clock: Callable[[], datetime],
+        retry_replaces_original: bool = True,
+    ) -> None:
+        self._registry = registry
+        self._backend = backend
+        self._journal = journal
+        self._dispatcher = dispatcher
+        self._clock = clock
+        self._retry_replaces_original = retry_replaces_original
+        self._awaited: dict[str, list[asyncio.Future[None]]] = {}
+        journal.listeners.append(self._tell)
+
+    # -- accepting
+
+    def draft(
+        self, function: TaskFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: AddOptions
+    ) -> Draft:
+        """A task as its caller wants it, checked and encoded. Raises TaskArgumentError or TaskflowError."""
+        definition = self._registry.of(function)
+        config = definition.config
+        now = self._clock()
+        return Draft(
+            task_id=self._new_id(definition.name, options.idempotency_key),
+            name=definition.name,
+            queue=options.queue or config.queue or DEFAULT_QUEUE,
+            priority=options.priority if options.priority is not None else config.priority,
+            executor=definition.executor,
+            max_attempts=definition.max_attempts,
+            created_at=now,
+            run_at=start_time(options, now),
+            arguments=definition.encode(args, kwargs),
+            tags=checked_tags(config.tags, options.tags),
+            requeue=config.requeue_on_interrupt,
+            key=options.idempotency_key,
+        )
+
+    async def accept(self, drafts: Sequence[Draft]) -> None:
+        """Returns once they are durable. Raises BackendUnavailable or QueueFullError."""
+        await self._journal.accept(drafts)
+
+    def _new_id(self, name: str, key: str | None) -> str:
+        return str(uuid_utils.uuid7()) if key is None else str(uuid5(KEY_NAMESPACE, f"{name}:{key}"))
+
+    # -- questions
+
+    async def get(self, task_id: str) -> TaskRecord:
+        """Raises TaskNotFound."""
+        record = await self._backend.get(task_id)
+        if record is None:
+            raise TaskNotFound(task_id)
+        return record
+
+    async def page(self, where: TaskFilter, before: Cursor | None = None, limit: int = 50) -> TaskPage:
+        """Newest first."""
+        return await self._backend.page(where, before, limit)
+
+    async def events(self, task_id: str) -> Sequence[TaskEvent]:
+        """Oldest first. Raises TaskNotFound."""
+        await self.get(task_id)
+        return await self._backend.events(task_id)
+
+    async def logs(self, task_id: str, after: int = 0, limit: int = 1_000) -> Sequence[LogEntry]:
+        """Oldest first, those with a higher `seq` than `after`. Raises TaskNotFound."""
+        await self.get(task_id)
+        return await self._backend.logs(task_id, after, limit)
+
+    async def events_after(self, seq: int, limit: int = 1_000) -> Sequence[TaskEvent]:
+        """Of all tasks, oldest first."""
+        return await self._backend.events_after(seq, limit)
+
+    async def last_seq(self) -> int:
+        return await self._backend.last_seq()
+
+    async def counts(self) -> Sequence[Count]:
+        return await self._backend.counts()
+
+    async def instances(self) -> Sequence[InstanceRecord]:
+        return await self._backend.instances()
+
+    async def metrics(self) -> Metrics:
+        counts = await self.counts()
+        by_status = {status: sum(count.n for count in counts if count.status is status) for status in TaskStatus}
+        ended = [TaskStatus.SUCCESS, TaskStatus.FAILED, TaskStatus.INTERRUPTED]
+        finished = sum(by_status[status] for status in ended)
+        seconds = sum(count.seconds for count in counts if count.status in ended)
+        return Metrics(
+            total=sum(by_status.values()),
+            by_status=by_status,
+            success_rate=by_status[TaskStatus.SUCCESS] / finished if finished else 0.0,
+            avg_duration_seconds=seconds / finished if finished else 0.0,
+        )
+
+    def knows(self, name: str) -> bool:
+        """Whether this process has the function of that name."""
+        return name in self._registry
+
+    async def result(self, task_id: str, timeout: float | None = None) -> Any:
+        """What the task returned, once it has. Raises TaskFailed, TimeoutError, TaskNotFound."""
+        async with asyncio.timeout(timeout):
+            record = await self._ended(task_id)
+        if record.status is not TaskStatus.SUCCESS:
+            raise TaskFailed(task_id, record.status, record.error)
+        return None if record.result is None else codec.decode(record.result)
+
+    async def _ended(self, task_id: str) -> TaskRecord:
+        loop = asyncio.get_running_loop()
+        while True:
+            told = loop.create_future()
+            self._awaited.setdefault(task_id, []).append(told)
+            try:
+                record = await self.get(task_id)
+                if record.status.terminal:
+                    return record
+                await asyncio.wait([told], timeout=RESULT_POLL)
+            finally:
+                self._forget(task_id, told)
+
+    def _forget(self, task_id: str, told: asyncio.Future[None]) -> None:
+        waiting = self._awaited.get(task_id, [])
+        if told in waiting:
+            waiting.remove(told)
+        if not waiting:
+            self._awaited.pop(task_id, None)
+
+    def _tell(self, finishes: Sequence[Finish], _result: TurnResult) -> None:
+        if self._awaited:
+            for finish in finishes:
+                for told in self._awaited.pop(finish.task.task_id, ()):
+                    told.set_result(None)
+
+    # -- commands
+
+    async def cancel(self, task_id: str, actor: str | None = None) -> TaskRecord:
+        """A pending task never runs afterwards; a running one is asked to stop, wherever it runs.
+
+        Raises TaskNotFound, TaskStateError when it has ended, BackendUnavailable.
+        """
+        answer = await self._journal.obey(Cancel(task_id, actor))
+        if answer.before is None:
+            raise TaskNotFound(task_id)
+        if answer.before.terminal:
+            raise TaskStateError(task_id, answer.before, "cancelled")
+        self._dispatcher.cancel(task_id)
+        return await self.get(task_id)
+
+    async def retry(self, task_id: str, actor: str | None = None) -> TaskRecord:
+        """The task as it waits to run again: itself, or a new one that points back (`retry_replaces_original=False`).
+
+        Raises TaskNotFound, TaskStateError, UnknownFunction when its function is gone, BackendUnavailable.
+        """
+        record = await self.get(task_id)
+        if record.status not in RETRYABLE:
+            raise TaskStateError(task_id, record.status, "retried")
+        definition = self._registry.named(record.func_name)
+        if not self._retry_replaces_original:
+            return await self._retry_as_new(record, definition.max_attempts)
+        answer = await self._journal.obey(Requeue(task_id, definition.max_attempts, actor))
+        if not answer.changed:
+            raise TaskStateError(task_id, answer.before or record.status, "retried")
+        return await self.get(task_id)
+
+    async def _retry_as_new(self, record: TaskRecord, max_attempts: int) -> TaskRecord:
+        definition = self._registry.named(record.func_name)
+        now = self._clock()
+        draft = Draft(
+            task_id=self._new_id(record.func_name, None),
+            name=record.func_name,
+            queue=record.queue,
+            priority=record.priority,
+            executor=definition.executor,
+            max_attempts=max_attempts,
+            created_at=now,
+            run_at=now,
+            arguments=record.arguments or "[[],{}]",
+            tags=record.tags,
+            requeue=definition.config.requeue_on_interrupt,
+            retry_of=record.task_id,
+        )
+        await self.accept([draft])
+        return await self.get(draft.task_id)
+
+    def arguments(self, record: TaskRecord) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The stored call of a record, as plain values. Raises ValueError when it cannot be read."""
+        return codec.decode_call(record.arguments or "[[],{}]")
+
+
+def start_time(options: AddOptions, now: datetime) -> datetime:
+    """When the task may start. Raises TaskflowError for a time without zone, or for both ways of giving one."""
+    if options.run_at is not None:
+        if options.delay_seconds is not None:
+            raise TaskflowError("run_at and delay_seconds exclude each other")
+        if options.run_at.tzinfo is None:
+            raise TaskflowError(f"run_at={options.run_at!r}: needs a time zone, e.g. datetime.now(UTC)")
+        return max(now, options.run_at)
+    seconds = options.delay_seconds or 0.0
+    if not 0 <= seconds < 10 * 366 * 86_400:
+        raise TaskflowError(f"delay_seconds={seconds!r}: must be between 0 and ten years")
+    return now + timedelta(seconds=seconds) if seconds else now
+
+
+def checked_tags(defaults: Mapping[str, str], tags: Mapping[str, str] | None) -> Mapping[str, str]:
+    merged = {**defaults, **(tags or {})}
+    for key, value in merged.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TaskflowError(f"tags: {key!r}={value!r}: keys and values must be strings")
+        if len(key) > MOST_TAG_CHARACTERS or len(value) > MOST_TAG_CHARACTERS:
+            raise TaskflowError(f"tags: {key[:40]!r}: keys and values hold at most {MOST_TAG_CHARACTERS} characters")
+    return merged
+
+
