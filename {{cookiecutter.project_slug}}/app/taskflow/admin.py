@@ -7,6 +7,7 @@ apps in one process keep apart.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,13 @@ from .errors import (
     UnknownFunction,
 )
 from .manager import TaskManager
+from .web.api import api_router
+from .web.auth import Auth, Gate, Sessions, auth_backend
+from .web.html import Renderer, assets_router
+from .web.login import login_router
+from .web.pages import pages_router
+from .web.site import Site
+from .web.stream import Feed, stream_router
 
 STATUS_CODES: dict[type[TaskflowError], int] = {
     TaskArgumentError: 422,
@@ -56,9 +64,8 @@ def answer_error(_request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status, headers)
 
 
-def manage_routes(app: FastAPI, dependency: Callable[..., Any]) -> None:
-    """Puts the dependency first on every route of the app: those it has and those still to come."""
-    depends = Depends(dependency, scope="function")
+def manage_present_routes(app: FastAPI, depends: DependsParam) -> None:
+    """Puts the dependency first on every route that the app has."""
     for route in app.router.routes:
         if isinstance(route, APIRoute):
             route.dependencies.insert(0, depends)
@@ -67,7 +74,6 @@ def manage_routes(app: FastAPI, dependency: Callable[..., Any]) -> None:
             )
         elif (context := getattr(route, "include_context", None)) is not None:
             manage_included(route.original_router, context.dependencies, depends)  # type: ignore[attr-defined]
-    app.router.dependencies.insert(0, depends)
 
 
 def manage_included(router: APIRouter, dependencies: list[DependsParam], depends: DependsParam) -> None:
@@ -80,7 +86,10 @@ class TaskAdmin:
     """Adds the task system to an app: API and dashboard under `path`, start and stop with the app.
 
     With `auto_install` every `BackgroundTasks` of the app's routes is managed, whether a route was added before or
-    comes later.
+    comes later. `auth` is a (username, password), a list of them, or a `TaskAuthBackend`; without it the admin answers
+    this machine only, and not at all in production. `token_expiry` is the seconds a login lasts, `secret_key` signs it:
+    give all processes the same. `poll_interval` is the seconds after which an open page refreshes itself although it
+    was told of no change.
     """
 
     def __init__(
@@ -90,7 +99,7 @@ class TaskAdmin:
         path: str = "/tasks",
         display_func_args: bool = False,
         auto_install: bool = False,
-        auth: Any = None,
+        auth: Auth | None = None,
         token_expiry: int = 86400,
         secret_key: str | None = None,
         poll_interval: float = 30.0,
@@ -98,8 +107,56 @@ class TaskAdmin:
         retention_days: float | None = None,
         environment: str = "development",
     ) -> None:
+        """Raises TaskflowError where a setting cannot be, or is not safe in production."""
+        check_path(path)
+        check_positive("token_expiry", token_expiry)
+        check_positive("poll_interval", poll_interval)
+        backend = auth_backend(auth)
+        check_environment(environment, logs_in=backend is not None, signs=bool(secret_key))
+        if retention_days is not None:
+            check_positive("retention_days", retention_days)
+            task_manager.retention_days = retention_days
         self.task_manager = task_manager
-        app.include_router(APIRouter(lifespan=task_manager.lifespan))
-        install_error_handlers(app)
+        self.path = path
+        site = Site(task_manager, path, title, display_func_args, poll_interval)
+        router = web_router(site, Gate(backend, Sessions(secret_key or None, token_expiry)))
+        depends = Depends(task_manager.accept_tasks, scope="function")
         if auto_install:
-            manage_routes(app, task_manager.accept_tasks)
+            manage_present_routes(app, depends)
+        app.include_router(router)  # between the two: our own routes bring no tasks
+        if auto_install:
+            app.router.dependencies.insert(0, depends)
+        install_error_handlers(app)
+
+
+def web_router(site: Site, gate: Gate) -> APIRouter:
+    """Everything below the path. Its lifespan is the manager's."""
+    router = APIRouter(lifespan=site.manager.lifespan)
+    feed = Feed(site.manager.store, site.manager.journal)
+    renderer = Renderer(site, asks_for_login=gate.asks_for_login)
+    session = [Depends(gate.admit)]
+    router.include_router(assets_router(renderer.assets), prefix=site.path)
+    router.include_router(login_router(site, gate, renderer), prefix=site.path)
+    router.include_router(stream_router(feed), prefix=site.path, dependencies=session)
+    router.include_router(pages_router(site, feed, renderer), prefix=site.path, dependencies=session)
+    router.include_router(api_router(site), prefix=site.path, dependencies=session, tags=[site.title])
+    return router
+
+
+def check_path(path: str) -> None:
+    if not re.fullmatch(r"(/[^/{}?#\s]+)+", path):
+        raise TaskflowError(f"path={path!r}: must start with a slash, not end with one, and hold no braces, ? or #")
+
+
+def check_positive(setting: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise TaskflowError(f"{setting}={value!r}: must be above 0")
+
+
+def check_environment(environment: str, *, logs_in: bool, signs: bool) -> None:
+    """Production is closed, and stays so when it is restarted or has several processes."""
+    if environment not in ("development", "production"):
+        raise TaskflowError(f"environment={environment!r}: must be 'development' or 'production'")
+    if environment == "production" and not (logs_in and signs):
+        missing = " and ".join(name for name, there in (("auth", logs_in), ("secret_key", signs)) if not there)
+        raise TaskflowError(f"environment='production': the task admin needs {missing}")

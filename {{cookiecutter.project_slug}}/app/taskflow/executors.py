@@ -10,15 +10,16 @@ import asyncio
 import contextvars
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .models import ExecutorKind
 
-DEFAULT_ASYNC_SLOTS = 500
-DEFAULT_THREADS = 40
-"""As many as Starlette gives to plain `def` routes."""
+DEFAULT_ASYNC_SLOTS = 1_000
+DEFAULT_THREADS = 100
+"""Threads start when they are needed; they mostly wait for somebody else's server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ class ThreadExecutor:
     def __init__(self, slots: int | None = None) -> None:
         self.slots = slots or DEFAULT_THREADS
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._ended: deque[Job] = deque()
+        self._told = False
         self._idle = 0
         self._threads = 0
 
@@ -98,25 +101,27 @@ class ThreadExecutor:
         self._idle = self._threads = 0
 
     def _work(self) -> None:
-        jobs = self._jobs
+        jobs, ended = self._jobs, self._ended
         while (job := jobs.get()) is not None:
-            result, error = job.run()
-            try:
-                job.loop.call_soon_threadsafe(self._deliver, job.done, result, error)
-            except RuntimeError:  # the event loop is closed: nobody waits for this result any more
-                return
+            job.run()
+            ended.append(job)
+            if not self._told:  # one wake-up of the event loop collects all that ended meanwhile
+                self._told = True
+                try:
+                    job.loop.call_soon_threadsafe(self._deliver)
+                except RuntimeError:  # the event loop is closed: nobody waits for results any more
+                    return
             if job.abandoned:
                 return
-            del job, result, error  # an idle thread must not keep the last result alive
+            del job  # an idle thread must not keep the last result alive
 
-    def _deliver(self, done: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-        if done.done():  # its task was cancelled meanwhile
-            return
-        self._idle += 1
-        if error is None:
-            done.set_result(result)
-        else:
-            done.set_exception(error)
+    def _deliver(self) -> None:
+        self._told = False
+        while self._ended:
+            job = self._ended.popleft()
+            if not job.done.done():  # else its task was cancelled meanwhile
+                self._idle += 1
+                job.settle()
 
 
 @dataclass(slots=True, eq=False)
@@ -128,12 +133,20 @@ class Job:
     abandoned: bool = False
     """Its task was cancelled: the result is dropped."""
 
-    def run(self) -> tuple[Any, BaseException | None]:
+    result: Any = None
+    error: BaseException | None = None
+
+    def run(self) -> None:
         try:
-            return self.context.run(self.call.function, *self.call.args, **self.call.kwargs), None
+            self.result = self.context.run(self.call.function, *self.call.args, **self.call.kwargs)
         except StopIteration as error:  # a future cannot carry it
-            failure = RuntimeError("the task raised StopIteration")
-            failure.__cause__ = error
-            return None, failure
+            self.error = RuntimeError("the task raised StopIteration")
+            self.error.__cause__ = error
         except BaseException as error:  # noqa: BLE001 - user code: SystemExit in a thread is that task's failure
-            return None, error
+            self.error = error
+
+    def settle(self) -> None:
+        if self.error is None:
+            self.done.set_result(self.result)
+        else:
+            self.done.set_exception(self.error)

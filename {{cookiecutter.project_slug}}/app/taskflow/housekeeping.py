@@ -127,7 +127,8 @@ class Housekeeping:
         self._me = me
         self._clock = clock
         self._runs_tasks = runs_tasks
-        self._known = False
+        self.introduced = asyncio.Event()
+        """Set once this instance is known to the others, and may claim."""
         self.heartbeat = Heartbeat(backend, me, dispatcher, clock=clock)
         self._rescue_loop = Loop("rescue", self._rescue_round)
         self._cancel_loop = Loop("cancels", self._cancel_round)
@@ -146,7 +147,7 @@ class Housekeeping:
 
     async def _rescue_round(self) -> None:
         try:
-            if not self._known:
+            if not self.introduced.is_set():
                 await self._introduce()
             await self._rescue()
         except BackendUnavailable:
@@ -159,7 +160,7 @@ class Housekeeping:
         await self._journal.ready()
         await asyncio.to_thread(self.heartbeat.beat)
         self.heartbeat.start()
-        self._known = True
+        self.introduced.set()
         await self._rescue()
         if self._runs_tasks:
             self._dispatcher.start()

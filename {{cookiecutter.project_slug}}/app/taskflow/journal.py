@@ -32,7 +32,7 @@ ACCEPT_TIMEOUT = 2.0
 POLL_INTERVAL = 1.0
 """Seconds after which a turn looks for work that nobody announced."""
 MOST_WAITING = 10_000
-"""Drafts, and log lines, that wait for a turn; more are refused, or push out the oldest."""
+"""Drafts, and log lines, that wait for a turn; while the database stalls, more are refused, or push out the oldest."""
 MOST_DRAFTS_PER_TURN = 1_000
 
 
@@ -94,6 +94,8 @@ class Journal:
         self._words = threading.Lock()
 
         self._turning = False
+        self._turn_began = float("inf")
+        """Monotonic time at which the turn now under way began; infinite between turns."""
         self._answered = asyncio.Event()
         self._failures = 0
         self._careful = 0
@@ -159,13 +161,18 @@ class Journal:
         """
         if self._event_loop is None:
             raise BackendUnavailable("the task manager was not started (in tests: `with TestClient(app) as client`)")
-        if self._waiting_drafts + len(drafts) > MOST_WAITING:
+        if self._waiting_drafts >= MOST_WAITING and self._stalled:
             raise BackendUnavailable(f"{self._waiting_drafts} tasks wait to be stored, more are not taken")
         self._waiting_drafts += len(drafts)
         try:
             await self._submit(Waiting(monotonic() + ACCEPT_TIMEOUT, drafts=drafts))
         finally:
             self._waiting_drafts -= len(drafts)
+
+    @property
+    def _stalled(self) -> bool:
+        """The database is away, or has been busy with one turn for too long. Otherwise callers wait their turn."""
+        return bool(self._failures) or monotonic() - self._turn_began > ACCEPT_TIMEOUT
 
     async def obey(self, command: Command) -> Answer:
         """What the command found and did, once that is committed. Raises BackendUnavailable like `accept`."""
@@ -203,7 +210,7 @@ class Journal:
         await self._until_needed()
         self._expire()
         batch = self._collect()
-        self._turning = True
+        self._turning, self._turn_began = True, monotonic()
         try:
             if not self._opened:
                 await self._backend.open()
@@ -222,7 +229,7 @@ class Journal:
         else:
             self._written(batch, result)
         finally:
-            self._turning = False
+            self._turning, self._turn_began = False, float("inf")
 
     async def _until_needed(self) -> None:
         if not (self._wake.is_set() or self._more or self._careful or self._waiting or self._finishes):

@@ -6,6 +6,8 @@ dispatcher, store), starts it in order and stops it in reverse.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -31,6 +33,10 @@ logger = logging.getLogger("taskflow")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+STANDSTILL = 10.0
+"""Seconds without a committed turn after which this process is not ready. An idle one makes a turn every second."""
+START_TIMEOUT = 2.0
+"""Seconds that a starting service waits for its database before it serves without it, not ready."""
 LAST_WRITES = 5.0
 """Seconds that a stopping service has, beyond its drain, to write what its tasks returned."""
 
@@ -67,6 +73,7 @@ class TaskManager:
         retry_replaces_original: bool = True,
     ) -> None:
         self.snapshot_interval = snapshot_interval
+        self.retention_days = retention_days
         self.shutdown_timeout = shutdown_timeout
         self.registry = TaskRegistry()
         self.backend = snapshot_backend or open_backend(snapshot_db)
@@ -178,7 +185,7 @@ class TaskManager:
             await self.shutdown()
 
     async def startup(self) -> None:
-        """Starts in the background; a database that is away does not keep the app from starting."""
+        """Waits a moment for the database; one that is away does not keep the app from starting."""
         if self._housekeeping is not None:
             return
         me = introduce(self.instance_id, "1", self._clock())
@@ -187,6 +194,21 @@ class TaskManager:
         )
         self.journal.start()
         self._housekeeping.start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_TIMEOUT):
+                await self._housekeeping.introduced.wait()
+
+    def unready(self) -> str | None:
+        """Why this process should get no traffic now; None when it should."""
+        if self._housekeeping is None:
+            return "the service is not started, or stopping"
+        if self.journal.last_error is not None:
+            return f"the task backend is away: {self.journal.last_error}"
+        if self.journal.last_turn is None or monotonic() - self.journal.last_turn > STANDSTILL:
+            return "the writer stands still"
+        if self.runs_tasks and not self.dispatcher.claiming:
+            return "this instance does not claim tasks yet"
+        return None
 
     async def shutdown(self) -> None:
         """Takes no more tasks, waits for running ones up to `shutdown_timeout`, writes everything, lets go."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid5
@@ -127,6 +127,11 @@ class TaskStore:
     async def page(self, where: TaskFilter, before: Cursor | None = None, limit: int = 50) -> TaskPage:
         """Newest first."""
         return await self._backend.page(where, before, limit)
+
+    async def with_arguments(self, tasks: Sequence[TaskRecord]) -> Sequence[TaskRecord]:
+        """The same tasks with their stored arguments, which a page leaves out."""
+        found = await self._backend.arguments([task.task_id for task in tasks])
+        return [replace(task, arguments=found.get(task.task_id)) for task in tasks]
 
     async def events(self, task_id: str) -> Sequence[TaskEvent]:
         """Oldest first. Raises TaskNotFound."""
@@ -256,6 +261,10 @@ class TaskStore:
     def arguments(self, record: TaskRecord) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The stored call of a record, as plain values. Raises ValueError when it cannot be read."""
         return codec.decode_call(record.arguments or "[[],{}]")
+
+    def returned(self, record: TaskRecord) -> Any:
+        """What the task of a record returned; None while there is nothing. Raises ValueError when it cannot be read."""
+        return None if record.result is None else codec.decode(record.result)
 
 
 def start_time(options: AddOptions, now: datetime) -> datetime:

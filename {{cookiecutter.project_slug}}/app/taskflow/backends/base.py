@@ -55,12 +55,10 @@ class Claimed:
     task_id: str
     name: str
     queue: str
-    priority: int | None
     executor: str
     attempt: int
     excused: int
     max_attempts: int
-    created_at: datetime
     started_at: datetime
     arguments: str
     tags: Mapping[str, str]
@@ -257,5 +255,8 @@ class Backend(Protocol):
 
     async def cancels(self, instance_id: str) -> Sequence[str]:
         """Ids of tasks which this instance runs and somebody asked to stop."""
+
+    async def arguments(self, task_ids: Sequence[str]) -> Mapping[str, str]:
+        """The encoded arguments of these tasks, by id; at most a page's worth of ids."""
 
     async def ping(self) -> None: ...

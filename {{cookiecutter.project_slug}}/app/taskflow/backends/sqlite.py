@@ -8,8 +8,8 @@ commit survive a power loss.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -17,7 +17,9 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from ..errors import TaskflowError
-from .sql import SqlBackend
+from .sql import SqlBackend, translated
+
+T = TypeVar("T")
 
 OLDEST_SQLITE = (3, 35, 0)
 """The first with RETURNING."""
@@ -39,9 +41,16 @@ class SqliteBackend(SqlBackend):
             return only, only
         return self._engine(QueuePool), self._engine(QueuePool, reads_only=True)
 
+    def _apart(self, function: Callable[[], T]) -> T:
+        """A database in memory has one connection, which takes one transaction at a time: it waits for the writer."""
+        if not self._in_memory:
+            return super()._apart(function)
+        with translated():
+            return self._writing.submit(function).result()
+
     def _engine(self, pool: type[QueuePool] | type[StaticPool], *, reads_only: bool = False) -> Engine:
         engine = sa.create_engine(
-            self.url, poolclass=pool, connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False}
+            self.url, poolclass=pool, paramstyle="named", connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False}
         )
         sa.event.listen(engine, "connect", prepare_connection)
         sa.event.listen(engine, "begin", begin_read if reads_only else begin_write)

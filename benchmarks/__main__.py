@@ -1,0 +1,122 @@
+"""Runs every comparison, interleaved, and prints medians: `python -m benchmarks [--rounds N] [NAME ...]`.
+
+Never a test: numbers depend on the machine. The comparison is what counts, so contestants take turns within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+from .load import post_repeatedly
+
+ROOT = Path(__file__).parent.parent
+PROJECT = ROOT / "{{cookiecutter.project_slug}}"
+RIVALS = ROOT / "build" / "rivals"
+"""Where fastapi-taskflow is installed for the comparison; nothing of ours depends on it."""
+RIVAL_PACKAGES = ["fastapi-taskflow==0.12.1"]
+CONTESTANTS = ["ours", "pypi", "plain"]
+
+Result = Mapping[str, float]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, PROJECT, RIVALS)))}
+
+
+def install_rivals() -> None:
+    if not RIVALS.exists():
+        uv = ROOT / ".venv" / "bin" / "uv"
+        command = [str(uv) if uv.exists() else "uv", "pip", "install", "--quiet", "--no-deps", "--target", str(RIVALS)]
+        subprocess.run([*command, *RIVAL_PACKAGES], check=True)
+
+
+def child(contestant: str, *arguments: str) -> Result:
+    command = [sys.executable, "-m", "benchmarks.child", contestant, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{contestant} {arguments}:\n{done.stderr[-2000:]}")
+    result: Result = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def signup(contestant: str) -> Result:
+    """The sign-up route under 32 connections for 6 seconds, the server in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        command = [sys.executable, "-m", "benchmarks.server", contestant, str(Path(folder) / "tasks.db"), str(port)]
+        server = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+        try:
+            wait_for(port)
+            asyncio.run(post_repeatedly(port, "/signup?email=a%40example.com", 8, 1.0))
+            return asyncio.run(post_repeatedly(port, "/signup?email=a%40example.com", 32, 6.0))
+        finally:
+            server.kill()
+            server.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_for(port: int) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with socket.socket() as attempt:
+            if attempt.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise RuntimeError("the server did not start")
+
+
+COMPARISONS: dict[str, tuple[str, Callable[[str], Result]]] = {
+    "async": ("20,000 async no-op tasks, end to end", lambda name: child(name, "throughput", "async", "20000")),
+    "sync": ("20,000 sync no-op tasks, end to end", lambda name: child(name, "throughput", "sync", "20000")),
+    "signup": ("POST /signup, 32 connections", signup),
+    "memory": ("memory growth per 100,000 finished tasks", lambda name: child(name, "memory", "100000")),
+}
+
+
+def compare(name: str, rounds: int) -> None:
+    title, measure = COMPARISONS[name]
+    samples: defaultdict[str, list[Result]] = defaultdict(list)
+    for _ in range(1 if name == "memory" else rounds):
+        for contestant in CONTESTANTS:
+            samples[contestant].append(measure(contestant))
+    print(f"\n{title}")
+    for contestant in CONTESTANTS:
+        results = samples[contestant]
+        cells = [f"{key} {median(result[key] for result in results):>10,.1f}" for key in results[0]]
+        print(f"  {contestant:<6} " + "   ".join(cells), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COMPARISONS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - COMPARISONS.keys():
+        parser.error(f"no such comparison: {', '.join(sorted(unknown))}")
+    install_rivals()
+    print(f"Python {platform.python_version()}, {os.cpu_count()} cores; medians of {arguments.rounds} rounds, interleaved")
+    for name in arguments.names or COMPARISONS:
+        compare(name, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Rows as values and values as rows: how each column is written and read.
+
+Owns the conversions that the SQL modules share. Nothing here touches a connection.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.engine import Row
+
+from ..models import DELAYED, TaskRecord, TaskStatus, from_micros, to_micros
+from .base import Claimed, Draft
+
+
+def micros(value: datetime | None) -> int | None:
+    return None if value is None else to_micros(value)
+
+
+def moment(value: int | None) -> datetime | None:
+    return None if value is None else from_micros(value)
+
+
+def stored_status(status: TaskStatus, run_at: datetime | None, now: datetime) -> str:
+    return DELAYED if status is TaskStatus.PENDING and run_at is not None and run_at > now else status
+
+
+def status_of(row: Row[Any]) -> TaskStatus:
+    return TaskStatus.PENDING if row.status == DELAYED else TaskStatus(row.status)
+
+
+def dumps_object(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, default=str) if value else "{}"
+
+
+def loads_object(text: str | None) -> dict[str, Any]:
+    """A broken cell shows as empty: one bad row must never stop a turn or a page."""
+    if not text or text == "{}":
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def claimed_of(cells: tuple[Any, ...], started_at: datetime) -> Claimed:
+    """From the cells of `statements.CLAIMED_COLUMNS`."""
+    task_id, name, queue, executor, attempt, excused, max_attempts, arguments, tags, requeue, trace = cells
+    return Claimed(
+        task_id=task_id,
+        name=name,
+        queue=queue,
+        executor=executor,
+        attempt=attempt,
+        excused=excused,
+        max_attempts=max_attempts,
+        started_at=started_at,
+        arguments=arguments,
+        tags=loads_object(tags),
+        requeue=bool(requeue),
+        trace=trace,
+    )
+
+
+def first_claim(draft: Draft, started_at: datetime) -> Claimed:
+    """A draft that is stored as running: what a claim would read back."""
+    return Claimed(
+        task_id=draft.task_id,
+        name=draft.name,
+        queue=draft.queue,
+        executor=draft.executor,
+        attempt=1,
+        excused=0,
+        max_attempts=draft.max_attempts,
+        started_at=started_at,
+        arguments=draft.arguments,
+        tags=draft.tags,
+        requeue=draft.requeue,
+        trace=draft.trace,
+    )
+
+
+def record_of(row: Row[Any]) -> TaskRecord:
+    """A record from a whole row, or from a list's row without the heavy columns."""
+    cells = row._mapping
+    return TaskRecord(
+        task_id=row.task_id,
+        func_name=row.name,
+        status=status_of(row),
+        queue=row.queue,
+        priority=row.priority,
+        executor=row.executor,
+        source=row.source,
+        tags=loads_object(row.tags),
+        created_at=from_micros(row.created_at),
+        run_at=from_micros(row.run_at),
+        start_time=moment(row.started_at),
+        end_time=moment(row.finished_at),
+        attempt=row.attempt,
+        excused=row.excused,
+        max_attempts=row.max_attempts,
+        error=row.error,
+        stacktrace=cells.get("stacktrace"),
+        arguments=cells.get("arguments"),
+        result=row.result,
+        progress=loads_object(row.progress) if row.progress else None,
+        instance=row.instance,
+        idempotency_key=row.idempotency_key,
+        cancel_requested=bool(row.cancel_requested),
+        retry_of=row.retry_of,
+    )

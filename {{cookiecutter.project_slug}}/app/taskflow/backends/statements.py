@@ -1,0 +1,266 @@
+"""The statements of a turn, built and compiled once.
+
+Owns the SQL of the hot path. Each statement takes its rows as one JSON parameter, `rows`, which the database expands:
+hundreds of changes are one statement, and while it runs Python is free. They run on the driver's own cursor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import sqlalchemy as sa
+
+from ..models import DELAYED, TaskStatus
+from . import tables
+from .tables import counter, event, log, rank, task
+
+STAGE_BATCH = 1_000
+RESCUE_BATCH = 500
+
+CLAIMED_COLUMNS = (
+    task.c.task_id,
+    task.c.name,
+    task.c.queue,
+    task.c.executor,
+    task.c.attempt,
+    task.c.excused,
+    task.c.max_attempts,
+    task.c.arguments,
+    task.c.tags,
+    task.c.requeue,
+    task.c.trace,
+)
+DRAFT_COLUMNS = (
+    task.c.task_id,
+    task.c.name,
+    task.c.queue,
+    task.c.priority,
+    task.c.executor,
+    task.c.source,
+    task.c.status,
+    task.c.attempt,
+    task.c.instance,
+    task.c.started_at,
+    task.c.max_attempts,
+    task.c.created_at,
+    task.c.run_at,
+    task.c.arguments,
+    task.c.tags,
+    task.c.requeue,
+    task.c.idempotency_key,
+    task.c.retry_of,
+    task.c.trace,
+)
+EVENT_COLUMNS = ("task_id", "at", "kind", "attempt", "instance", "actor", "detail")
+LOG_COLUMNS = ("task_id", "at", "level", "attempt", "message", "extra")
+
+
+class Cursor(Protocol):
+    """The driver's cursor, as far as it is needed here."""
+
+    def execute(self, sql: str, parameters: Mapping[str, Any]) -> object: ...
+
+    def fetchone(self) -> tuple[Any, ...] | None: ...
+
+    def fetchall(self) -> list[tuple[Any, ...]]: ...
+
+
+class Dialect(Protocol):
+    """What a database decides for itself."""
+
+    @property
+    def dialect(self) -> sa.Dialect: ...
+
+    def expand(self, parameter: str, columns: Sequence[sa.Column[Any]]) -> sa.Subquery: ...
+
+    def insert(self, table: sa.Table) -> Any: ...
+
+
+class Prepared:
+    """A statement as the driver takes it: its text, and the parameters that never change."""
+
+    def __init__(self, statement: sa.Executable, dialect: sa.Dialect) -> None:
+        assert isinstance(statement, sa.ClauseElement)
+        compiled = statement.compile(dialect=dialect)
+        self.statement = statement
+        self.sql = str(compiled)
+        self._constants = {name: value for name, value in compiled.params.items() if value is not None}
+
+    def run(self, cursor: Cursor, **values: object) -> Cursor:
+        cursor.execute(self.sql, self._constants | values)
+        return cursor
+
+    def run_rows(self, cursor: Cursor, rows: Sequence[Sequence[Any]], **values: object) -> Cursor:
+        return self.run(cursor, rows=json.dumps(rows), **values)
+
+
+def has_status(status: str) -> sa.ColumnElement[bool]:
+    """As a literal, because a partial index is only used where the statement itself shows its condition."""
+    return task.c.status == sa.literal_column(f"'{status}'")
+
+
+def fence(rows: sa.Subquery) -> tuple[sa.ColumnElement[bool], ...]:
+    """Only a task that still runs under this (attempt, instance) matches.
+
+    The status is compared as an expression: SQLite would otherwise walk the index of all running tasks and look
+    through the rows for each, instead of the other way round.
+    """
+    return (
+        task.c.status.concat("") == TaskStatus.RUNNING,
+        task.c.attempt == rows.c.attempt,
+        task.c.instance == rows.c.instance,
+    )
+
+
+class Statements:
+    def __init__(self, database: Dialect) -> None:
+        self._database = database
+        self._listed = task.c.task_id.in_(self._ids())
+        self._build_turn()
+        self._build_claim()
+        self._build_logbook()
+        self._build_liveness()
+
+    def _prepare(self, statement: sa.Executable) -> Prepared:
+        return Prepared(statement, self._database.dialect)
+
+    def _ids(self) -> sa.Select[Any]:
+        ids = self._database.expand("rows", (task.c.task_id,))
+        return sa.select(ids.c.task_id)
+
+    def _insert_rows(self, table: sa.Table, names: Sequence[str]) -> Any:
+        rows = self._database.expand("rows", [table.c[name] for name in names])
+        return self._database.insert(table).from_select(list(names), sa.select(*rows.c).where(sa.true()))
+
+    def _build_turn(self) -> None:
+        """Recording what finished, admitting what arrived."""
+        finished = self._database.expand(
+            "rows",
+            (
+                task.c.task_id,
+                task.c.attempt,
+                task.c.instance,
+                task.c.status,
+                task.c.run_at,
+                task.c.finished_at,
+                task.c.result,
+                task.c.error,
+                task.c.stacktrace,
+                task.c.excused,
+            ),
+        )
+        waits = sa.or_(finished.c.status == TaskStatus.PENDING, finished.c.status == DELAYED)
+        withdrawn = sa.and_(waits, task.c.cancel_requested)  # what was asked to stop is not started again
+        self.record = self._prepare(
+            task.update()
+            .where(task.c.task_id == finished.c.task_id, *fence(finished))
+            .values(
+                status=sa.case((withdrawn, TaskStatus.CANCELLED), else_=finished.c.status),
+                run_at=sa.func.coalesce(finished.c.run_at, task.c.run_at),
+                finished_at=sa.case((sa.and_(waits, sa.not_(withdrawn)), sa.null()), else_=finished.c.finished_at),
+                result=finished.c.result,
+                error=finished.c.error,
+                stacktrace=finished.c.stacktrace,
+                excused=task.c.excused + finished.c.excused,
+                cancel_requested=False,
+            )
+            .returning(task.c.task_id, task.c.status)
+        )
+        drafted = self._database.expand("rows", DRAFT_COLUMNS)
+        unset = {"excused": 0, "crashes": 0, "cancel_requested": False}
+        self.admit = self._prepare(
+            self._database.insert(task)
+            .from_select(
+                [*(column.name for column in DRAFT_COLUMNS), *unset],
+                sa.select(*drafted.c, *(sa.literal(value) for value in unset.values())).where(sa.true()),
+            )
+            .on_conflict_do_nothing(index_elements=["task_id"])
+            .returning(task.c.task_id)
+        )
+        self.rows = sa.select(task).where(self._listed).with_for_update()
+
+    def _build_claim(self) -> None:
+        """Staging what became due, choosing what may start, seizing it."""
+        first_due = sa.select(task.c.run_at).where(has_status(DELAYED)).order_by(task.c.run_at).limit(1)
+        self.next_due = self._prepare(first_due)
+        due = (
+            sa.select(task.c.task_id)
+            .where(has_status(DELAYED), task.c.run_at <= sa.bindparam("at"))
+            .order_by(task.c.run_at)
+            .limit(STAGE_BATCH)
+        )
+        self.stage = self._prepare(
+            task.update()
+            .where(task.c.task_id.in_(due))
+            .values(status=TaskStatus.PENDING)
+            .returning(task.c.queue, task.c.name)
+        )
+        self.waiting = self._prepare(
+            sa.select(counter.c.queue, counter.c.name, counter.c.n).where(
+                counter.c.status == TaskStatus.PENDING, counter.c.n > 0
+            )
+        )
+        ready = (
+            sa.select(task.c.task_id, task.c.name)
+            .where(has_status("pending"), task.c.queue == sa.bindparam("queue"))
+            .order_by(rank.desc(), task.c.run_at, task.c.task_id)
+            .limit(sa.bindparam("most"))
+            .with_for_update(skip_locked=True)
+        )
+        names = self._database.expand("names", (task.c.name,))
+        self.ready = self._prepare(ready)
+        self.ready_named = self._prepare(ready.where(task.c.name.in_(sa.select(names.c.name))))
+        self.seize = self._prepare(
+            task.update()
+            .where(self._listed)
+            .values(
+                status=TaskStatus.RUNNING,
+                attempt=task.c.attempt + 1,
+                instance=sa.bindparam("me"),
+                started_at=sa.bindparam("at"),
+                finished_at=sa.null(),
+                progress=sa.null(),
+                cancel_requested=False,
+            )
+            .returning(*CLAIMED_COLUMNS)
+        )
+        self.held = self._prepare(
+            sa.select(*CLAIMED_COLUMNS, task.c.started_at).where(
+                has_status("running"), task.c.instance == sa.bindparam("me")
+            )
+        )
+
+    def _build_logbook(self) -> None:
+        """Events, log lines, progress and counts: what a turn writes last."""
+        self.events = self._prepare(self._insert_rows(event, EVENT_COLUMNS))
+        self.logs = self._prepare(self._insert_rows(log, LOG_COLUMNS))
+        counted = self._insert_rows(counter, ("queue", "name", "status", "n", "micros"))
+        self.count = self._prepare(
+            counted.on_conflict_do_update(
+                index_elements=["queue", "name", "status"],
+                set_={"n": counter.c.n + counted.excluded.n, "micros": counter.c.micros + counted.excluded.micros},
+            )
+        )
+        told = self._database.expand("rows", (task.c.task_id, task.c.attempt, task.c.instance, task.c.progress))
+        self.progress = self._prepare(
+            task.update().where(task.c.task_id == told.c.task_id, *fence(told)).values(progress=told.c.progress)
+        )
+
+    def _build_liveness(self) -> None:
+        """Who is alive, what the dead left, who was asked to stop: asked seldom, so on SQLAlchemy's connection."""
+        self.cancels = sa.select(task.c.task_id).where(
+            has_status("running"), task.c.instance == sa.bindparam("me"), task.c.cancel_requested.is_(True)
+        )
+        owners = sa.select(task.c.instance).where(has_status("running")).distinct()
+        self.live_instances = sa.select(tables.instance).where(
+            sa.or_(tables.instance.c.lease_until > 0, tables.instance.c.instance_id.in_(owners))
+        )
+        lost = self._database.expand("rows", (task.c.instance,))
+        self.lost = (
+            sa.select(task)
+            .where(has_status("running"), task.c.instance.in_(sa.select(lost.c.instance)))
+            .limit(RESCUE_BATCH)
+            .with_for_update(skip_locked=True)
+        )

@@ -1,0 +1,193 @@
+"""The JSON API: what tasks there are, what became of them, and how this process is.
+
+Owns the routes of contract section 4 that answer in JSON. It asks the store and shows what `records.py` makes of the
+answers; errors are left to the app's handlers. No route answers 500 for bad input or for a backend that is away.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+
+from ..errors import TaskNotFound
+from ..models import Cursor, TaskFilter, TaskRecord, TaskStatus, utc_now
+from . import records
+from .auth import actor_of
+from .records import Json
+from .site import Site
+
+AGO = re.compile(r"(\d{1,6})([mhd])")
+UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+TASK_ID = re.compile(r"[0-9A-Za-z_.:-]{1,128}")
+MOST_LOG_LINES = 10_000
+"""Log lines that a single record carries; `/logs?after=` pages through all."""
+
+
+def parse_moment(text: str, now: datetime) -> datetime:
+    """An ISO 8601 time, UTC where it names no zone, or "<N>m", "<N>h", "<N>d" ago. Raises ValueError."""
+    if ago := AGO.fullmatch(text):
+        try:
+            return now - timedelta(**{UNITS[ago[2]]: int(ago[1])})
+        except OverflowError:
+            raise ValueError(f"{text!r}: before all time") from None
+    try:
+        moment = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)  # "+" in a URL is a space
+    except ValueError:
+        raise ValueError(f"{text!r}: expected an ISO 8601 time, or <N>m, <N>h or <N>d ago") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def parse_tag(text: str) -> tuple[str, str]:
+    key, colon, value = text.partition(":")
+    if not key or not colon:
+        raise ValueError(f"{text!r}: expected key:value")
+    return key, value
+
+
+def without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain NUL")
+    return text
+
+
+Text = Annotated[str, Field(max_length=512), AfterValidator(without_nul)]
+Moment = Annotated[
+    datetime | None,
+    BeforeValidator(lambda text: parse_moment(text, utc_now()) if isinstance(text, str) else text),
+    Field(json_schema_extra={"type": "string", "examples": ["2026-01-01T00:00:00Z", "24h"]}),
+]
+
+
+class ListQuery(BaseModel, extra="forbid"):
+    """The query of `GET ""`: every filter that is given must hold."""
+
+    limit: int = Field(50, ge=1, le=500)
+    before: Text | None = Field(None, description="the cursor in the `Link` header of the page before")
+    status: list[TaskStatus] = Field(default=[], max_length=20)
+    func_name: Text | None = None
+    queue: Text | None = None
+    tag: list[Text] = Field(default=[], max_length=20, description="key:value")
+    source: Literal["manual", "scheduled"] | None = None
+    since: Moment = Field(None, description="ISO 8601, or <N>m, <N>h, <N>d ago")
+    until: Moment = Field(None, description="ISO 8601, or <N>m, <N>h, <N>d ago")
+    q: Text | None = Field(None, description="part of the name, of the error or of a tag, or the start of the id")
+
+    def filter(self) -> TaskFilter:
+        """Raises ValueError for a tag that is not key:value."""
+        return TaskFilter(
+            statuses=tuple(dict.fromkeys(self.status)),
+            func_name=self.func_name,
+            queue=self.queue,
+            source=self.source,
+            tags=tuple(parse_tag(tag) for tag in self.tag),
+            since=self.since,
+            until=self.until,
+            text=self.q or None,
+        )
+
+    def cursor(self) -> Cursor | None:
+        """Raises ValueError."""
+        return None if self.before is None else Cursor.parse(self.before)
+
+
+def checked_id(text: str) -> str:
+    """Raises TaskNotFound for what no task's id can be."""
+    if not TASK_ID.fullmatch(text):
+        raise TaskNotFound(text)
+    return text
+
+
+def api_router(site: Site) -> APIRouter:
+    router = APIRouter(default_response_class=Json)
+    manager, store = site.manager, site.manager.store
+
+    async def whole(task: TaskRecord) -> dict[str, Any]:
+        shown = records.task_record(store, task, await store.logs(task.task_id, 0, MOST_LOG_LINES))
+        return shown | records.arguments(store, task) if site.display_func_args else shown
+
+    @router.get("", summary="Tasks, newest first")
+    async def list_tasks(request: Request, query: Annotated[ListQuery, Query()]) -> Response:
+        try:
+            where, before = query.filter(), query.cursor()
+        except ValueError as error:
+            raise invalid_query(str(error)) from None
+        page = await store.page(where, before, query.limit)
+        rows = [records.task_row(store, task) for task in page.tasks]
+        if site.display_func_args:
+            calls = await store.with_arguments(page.tasks)
+            rows = [row | records.arguments(store, task) for row, task in zip(rows, calls, strict=True)]
+        return Json(rows, headers={"Link": next_link(site.base(request), request, page.older)} if page.older else None)
+
+    @router.get("/metrics", summary="Numbers over all stored tasks")
+    async def metrics(request: Request) -> Response:
+        found = await store.metrics()
+        if wants_text(request.headers.get("accept", "")):
+            return PlainTextResponse(records.metrics_text(found), media_type="text/plain; version=0.0.4")
+        return Json(records.metrics_json(found))
+
+    @router.get("/health", summary="Whether this process works")
+    async def health() -> Response:
+        return Json({"status": "ok"})
+
+    @router.get("/ready", summary="Whether this process should get traffic")
+    async def ready() -> Response:
+        reason = manager.unready()
+        if reason is None:
+            return Json({"status": "ready"})
+        return Json({"detail": reason}, 503, {"Retry-After": "2"})
+
+    @router.get("/instances", summary="Processes that serve these tasks")
+    async def instances() -> Response:
+        return Json([records.instance_row(instance) for instance in await store.instances()])
+
+    @router.get("/{task_id}", summary="One task")
+    async def show(task_id: str) -> Response:
+        return Json(await whole(await store.get(checked_id(task_id))))
+
+    @router.get("/{task_id}/events", summary="What happened to a task")
+    async def events(task_id: str) -> Response:
+        return Json([records.event_row(event) for event in await store.events(checked_id(task_id))])
+
+    @router.get("/{task_id}/logs", summary="What a task logged")
+    async def logs(task_id: str, after: Annotated[int, Query(ge=0, lt=2**63)] = 0) -> Response:
+        return Json([records.log_row(entry) for entry in await store.logs(checked_id(task_id), after)])
+
+    @router.post("/{task_id}/cancel", summary="Stop a task, or keep it from starting")
+    async def cancel(request: Request, task_id: str) -> Response:
+        task = await store.cancel(checked_id(task_id), actor_of(request))
+        return Json({"task_id": task.task_id, "task": await whole(task)})
+
+    @router.post("/{task_id}/retry", summary="Run a task again that did not succeed")
+    async def retry(request: Request, task_id: str) -> Response:
+        task = await store.retry(checked_id(task_id), actor_of(request))
+        return Json({"task_id": task.task_id, "task": await whole(task)})
+
+    return router
+
+
+def invalid_query(message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "value_error", "loc": ("query",), "msg": message, "input": None}])
+
+
+def next_link(base: str, request: Request, older: Cursor) -> str:
+    """The same question, continued below `older`. Without scheme and host: only the client knows the outer ones."""
+    asked = [(key, value) for key, value in request.query_params.multi_items() if key != "before"]
+    return f'<{base}?{urlencode([*asked, ("before", str(older))])}>; rel="next"'
+
+
+def wants_text(accept: str) -> bool:
+    """Whether plain text is asked for before JSON, as Prometheus does."""
+    for part in accept.lower().split(","):
+        kind = part.partition(";")[0].strip()
+        if kind in ("text/plain", "application/openmetrics-text"):
+            return True
+        if kind in ("application/json", "*/*"):
+            return False
+    return False

@@ -1,0 +1,273 @@
+"""Who may see and touch the tasks: credentials, sessions, and the gate in front of every route.
+
+Owns the session cookie, the check that an unsafe request comes from our own pages, and the limit on bad logins. Every
+router of the web side depends on `Gate.admit`, the stream too, so that nothing is open by being forgotten.
+
+A session is a signed token, so that every process with the same secret key accepts it; what a logout revokes is
+remembered here until the token would have expired.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import inspect
+import json
+import secrets
+from abc import abstractmethod
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
+from time import monotonic, time
+from typing import Protocol, runtime_checkable
+from urllib.parse import urlsplit
+
+from fastapi import HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from starlette.requests import HTTPConnection
+
+from ..errors import TaskflowError
+
+COOKIE = "taskflow_token"
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+MOST_BAD_LOGINS = 10
+BAD_LOGIN_WINDOW = 60.0
+"""Seconds for which a bad login counts."""
+MOST_REMEMBERED = 10_000
+"""Clients whose bad logins are counted, and revoked sessions; beyond that the oldest are forgotten."""
+FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+TEST_CLIENT = "testclient"
+"""The client address of Starlette's TestClient. No socket has it, so it is as local as loopback."""
+
+
+@runtime_checkable
+class TaskAuthBackend(Protocol):
+    """Judges a user name and a password. Subclass it, or have the method; it may be `async`."""
+
+    @abstractmethod
+    def authenticate_user(self, username: str, password: str) -> bool | Awaitable[bool]: ...
+
+
+Credentials = tuple[str, str]
+Auth = Credentials | Sequence[Credentials] | TaskAuthBackend
+
+
+class FixedCredentials:
+    """A list of pairs. Takes the same time whether the name, the password or nothing is right."""
+
+    def __init__(self, pairs: Iterable[Credentials]) -> None:
+        self._pairs = [(digest(username), digest(password)) for username, password in pairs]
+
+    def authenticate_user(self, username: str, password: str) -> bool:
+        given = digest(username), digest(password)
+        right = False
+        for pair in self._pairs:
+            right |= hmac.compare_digest(pair[0], given[0]) & hmac.compare_digest(pair[1], given[1])
+        return right
+
+
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def auth_backend(auth: Auth | None) -> TaskAuthBackend | None:
+    """Raises TaskflowError for what is neither a pair, nor a list of pairs, nor a backend."""
+    if auth is None or (isinstance(auth, TaskAuthBackend) and not isinstance(auth, type)):
+        return auth
+    pairs = [auth] if is_pair(auth) else auth
+    if isinstance(pairs, list | tuple) and pairs and all(is_pair(pair) for pair in pairs):
+        return FixedCredentials(pairs)  # type: ignore[arg-type]
+    raise TaskflowError("auth: expected (username, password), a list of such pairs, or a TaskAuthBackend")
+
+
+def is_pair(value: object) -> bool:
+    return (
+        isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, str) and part for part in value)
+    )
+
+
+# -- sessions
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    session_id: str
+    username: str
+    expires: int
+    """Seconds since the epoch."""
+
+
+class Sessions:
+    """Signed tokens of people who logged in, and the ones that were revoked since."""
+
+    def __init__(self, secret_key: str | None, seconds: int, *, clock: Callable[[], float] = time) -> None:
+        self._key = secrets.token_bytes(32) if secret_key is None else digest(f"taskflow session {secret_key}")
+        self.seconds = seconds
+        self._clock = clock
+        self._revoked: OrderedDict[str, int] = OrderedDict()
+
+    def issue(self, username: str) -> str:
+        claims = {"sid": secrets.token_urlsafe(12), "sub": username, "exp": int(self._clock()) + self.seconds}
+        body = b64(json.dumps(claims, separators=(",", ":")).encode())
+        return f"{body}.{self._sign(body)}"
+
+    def read(self, token: str) -> Session | None:
+        """The session of a token that we signed, that has not expired and was not revoked."""
+        body, _, signature = token.partition(".")
+        if not hmac.compare_digest(self._sign(body).encode(), signature.encode("utf-8", "replace")):
+            return None
+        claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+        session = Session(claims["sid"], claims["sub"], claims["exp"])
+        if session.expires <= self._clock() or session.session_id in self._revoked:
+            return None
+        return session
+
+    def revoke(self, session: Session) -> None:
+        now = self._clock()
+        for session_id in [known for known, expires in self._revoked.items() if expires <= now]:
+            del self._revoked[session_id]
+        while len(self._revoked) >= MOST_REMEMBERED:
+            self._revoked.popitem(last=False)
+        self._revoked[session.session_id] = session.expires
+
+    def _sign(self, body: str) -> str:
+        return b64(hmac.digest(self._key, body.encode("utf-8", "replace"), "sha256"))
+
+
+def b64(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+class LoginLimit:
+    """Counts bad logins by client. An attempt counts as bad until it was found good, so that many at once gain nothing."""
+
+    def __init__(self, *, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
+        self._bad: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def attempt(self, client: str) -> bool:
+        """False when this client has to wait."""
+        now = self._clock()
+        bad = self._bad.setdefault(client, deque())
+        self._bad.move_to_end(client)
+        while bad and bad[0] <= now - BAD_LOGIN_WINDOW:
+            bad.popleft()
+        if len(bad) >= MOST_BAD_LOGINS:
+            return False
+        bad.append(now)
+        while len(self._bad) > MOST_REMEMBERED:
+            self._bad.popitem(last=False)
+        return True
+
+    def succeeded(self, client: str) -> None:
+        self._bad.pop(client, None)
+
+
+# -- the gate
+
+
+class Gate:
+    """In front of every route. Without a backend it opens for this machine only."""
+
+    def __init__(self, backend: TaskAuthBackend | None, sessions: Sessions, limit: LoginLimit | None = None) -> None:
+        self._backend = backend
+        self.sessions = sessions
+        self.limit = limit or LoginLimit()
+
+    @property
+    def asks_for_login(self) -> bool:
+        return self._backend is not None
+
+    async def admit(self, request: Request) -> None:
+        """The dependency of every route. Raises HTTPException: 401 without a session, 403 from elsewhere."""
+        await self.admit_origin(request)
+        if self._backend is None:
+            if not is_local(request):
+                raise HTTPException(403, "open to this machine only: give TaskAdmin(auth=...) to log in from elsewhere")
+            request.state.taskflow_actor = "anonymous"
+            return
+        session = self.session(request)
+        if session is None:
+            raise HTTPException(401, "log in first")
+        request.state.taskflow_actor = session.username
+
+    async def admit_origin(self, request: Request) -> None:
+        """Raises HTTPException 403 when another site's page sent this."""
+        if request.method not in SAFE_METHODS and not same_origin(request):
+            raise HTTPException(403, "refused: the request comes from another site")
+
+    def session(self, request: HTTPConnection) -> Session | None:
+        token = request.cookies.get(COOKIE)
+        return self.sessions.read(token) if token else None
+
+    async def log_in(self, request: Request, username: str, password: str) -> str | None:
+        """A new session's token, or None when the credentials are wrong. Raises HTTPException 429."""
+        client = client_name(request)
+        if not self.limit.attempt(client):
+            raise HTTPException(429, "too many failed logins: wait a minute", {"Retry-After": "60"})
+        if self._backend is None or not await judge(self._backend, username, password):
+            return None
+        self.limit.succeeded(client)
+        return self.sessions.issue(username)
+
+
+async def judge(backend: TaskAuthBackend, username: str, password: str) -> bool:
+    """Asks a backend of either colour; a plain function may block and gets a thread."""
+    if inspect.iscoroutinefunction(backend.authenticate_user):
+        return bool(await backend.authenticate_user(username, password))
+    verdict = await run_in_threadpool(backend.authenticate_user, username, password)
+    return bool(await verdict if inspect.isawaitable(verdict) else verdict)
+
+
+def actor_of(request: Request) -> str:
+    """Who does this, for the event log."""
+    return str(request.state.taskflow_actor)
+
+
+def same_origin(request: HTTPConnection) -> bool:
+    """Whether our own page, or no browser at all, sent this. Browsers leave Sec-Fetch-Site out on plain http."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = request.headers.get("origin")
+    if origin is None:
+        return True
+    return urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower() != ""
+
+
+def is_local(request: HTTPConnection) -> bool:
+    """Whether the client is on this machine and asked for it by a local name.
+
+    What a proxy forwards is from elsewhere. A public host name with a loopback address is another site's page that
+    made its own name point here, to read what only local pages may.
+    """
+    if request.client is None or any(name in request.headers for name in FORWARDED):
+        return False
+    if request.client.host == TEST_CLIENT:
+        return True
+    return is_loopback(request.client.host) and is_local_name(request.url.hostname or "")
+
+
+def is_local_name(host: str) -> bool:
+    return is_loopback(host) or "." not in host or host.endswith(".localhost")
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def client_name(request: HTTPConnection) -> str:
+    """Whom a bad login is held against: an address, for IPv6 the network that one customer has."""
+    host = request.client.host if request.client else ""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host[:64]
+    return str(address) if address.version == 4 else address.exploded[:19]

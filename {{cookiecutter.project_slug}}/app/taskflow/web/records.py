@@ -1,0 +1,175 @@
+"""Records as the API shows them: plain JSON, and nothing that the reader was not meant to see.
+
+Owns the names and shapes of contract section 4. Pure; called by `api.py` and, for values, by `views.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime, time
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from ..models import InstanceRecord, LogEntry, TaskEvent, TaskRecord
+from ..store import Metrics, TaskStore
+
+UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
+"""What reading a stored value may raise when its text was damaged, or was written under another key."""
+
+
+class Json(JSONResponse):
+    """JSON that can always be sent: a lone surrogate in a stored text becomes a question mark, not an error."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
+
+
+def plain(value: object) -> Any:
+    """A value in terms of JSON alone: what JSON has no word for becomes a string or a list."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case Mapping():
+            return {str(plain(key)): plain(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [plain(item) for item in value]
+        case bytes():
+            return base64.b64encode(value).decode()
+        case datetime() | date() | time():
+            return value.isoformat()
+        case _:
+            return str(value)
+
+
+def returned(store: TaskStore, task: TaskRecord) -> Any:
+    """What the task returned, as plain JSON; None when there is nothing, or nothing that can be read."""
+    try:
+        return plain(store.returned(task))
+    except UNREADABLE:
+        return None
+
+
+def arguments(store: TaskStore, task: TaskRecord) -> dict[str, Any]:
+    """`args` and `kwargs` as plain JSON; both None when they cannot be read."""
+    try:
+        args, kwargs = store.arguments(task)
+        return {"args": plain(list(args)), "kwargs": plain(kwargs)}
+    except UNREADABLE:
+        return {"args": None, "kwargs": None}
+
+
+def iso(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat()
+
+
+def task_row(store: TaskStore, task: TaskRecord) -> dict[str, Any]:
+    """A task in a list: without the texts that can be long."""
+    return {
+        "task_id": task.task_id,
+        "func_name": task.func_name,
+        "status": task.status,
+        "created_at": iso(task.created_at),
+        "start_time": iso(task.start_time),
+        "end_time": iso(task.end_time),
+        "duration": task.duration,
+        "retries_used": task.retries_used,
+        "error": task.error,
+        "tags": dict(task.tags),
+        "source": task.source,
+        "priority": task.priority,
+        "executor": task.executor,
+        "queue": task.queue,
+        "run_at": iso(task.run_at),
+        "attempt": task.attempt,
+        "max_attempts": task.max_attempts,
+        "result": returned(store, task),
+        "progress": plain(task.progress),
+        "instance": task.instance,
+    }
+
+
+def task_record(store: TaskStore, task: TaskRecord, logs: Iterable[LogEntry]) -> dict[str, Any]:
+    return task_row(store, task) | {"logs": log_lines(logs), "stacktrace": task.stacktrace}
+
+
+def log_lines(logs: Iterable[LogEntry]) -> list[str]:
+    """Log entries as lines of text; each attempt after the first is announced by its number."""
+    lines: list[str] = []
+    attempt = 0
+    for entry in logs:
+        if entry.attempt != attempt:
+            attempt = entry.attempt
+            lines.append(f"--- Retry {attempt} ---")
+        lines.append(f"{entry.time:%Y-%m-%dT%H:%M:%SZ} {entry.message}")
+    return lines
+
+
+def event_row(event: TaskEvent) -> dict[str, Any]:
+    return {
+        "seq": event.seq,
+        "time": iso(event.time),
+        "kind": event.kind,
+        "attempt": event.attempt,
+        "instance": event.instance,
+        "actor": event.actor,
+        "detail": event.detail,
+    }
+
+
+def log_row(entry: LogEntry) -> dict[str, Any]:
+    return {
+        "seq": entry.seq,
+        "time": iso(entry.time),
+        "level": entry.level,
+        "attempt": entry.attempt,
+        "message": entry.message,
+        "extra": plain(entry.extra),
+    }
+
+
+def instance_row(instance: InstanceRecord) -> dict[str, Any]:
+    return {
+        "id": instance.instance_id,
+        "host": instance.host,
+        "pid": instance.pid,
+        "version": instance.version,
+        "started": iso(instance.started),
+        "heartbeat": iso(instance.heartbeat),
+        "slots": instance.slots,
+        "running": instance.running,
+    }
+
+
+def metrics_json(metrics: Metrics) -> dict[str, Any]:
+    return {
+        "total": metrics.total,
+        **{status.value: n for status, n in metrics.by_status.items()},
+        "success_rate": metrics.success_rate,
+        "avg_duration_seconds": metrics.avg_duration_seconds,
+    }
+
+
+def metrics_text(metrics: Metrics) -> str:
+    """The same numbers in Prometheus's text format."""
+    families: Sequence[tuple[str, str, str, Sequence[tuple[str, float]]]] = (
+        (
+            "taskflow_tasks",
+            "gauge",
+            "Stored tasks by status.",
+            [(f'{{status="{status}"}}', n) for status, n in metrics.by_status.items()],
+        ),
+        ("taskflow_success_ratio", "gauge", "Successes among ended tasks.", [("", metrics.success_rate)]),
+        ("taskflow_duration_seconds_avg", "gauge", "Mean run time of tasks.", [("", metrics.avg_duration_seconds)]),
+    )
+    lines = []
+    for name, kind, meaning, samples in families:
+        lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{labels} {value}" for labels, value in samples]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,387 @@
+"""What people type and read: the search box's language, and values as words.
+
+Owns parsing of searches and times, and the formatting that templates use. Pure: the present moment is an argument.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from ..models import RETRYABLE, EventKind, TaskFilter, TaskRecord, TaskStatus
+
+GLYPHS: Mapping[str, str] = {
+    TaskStatus.PENDING: "○",
+    TaskStatus.RUNNING: "◐",
+    TaskStatus.SUCCESS: "●",
+    TaskStatus.FAILED: "✕",
+    TaskStatus.INTERRUPTED: "◧",
+    TaskStatus.CANCELLED: "⊘",
+    TaskStatus.REJECTED: "⊝",
+}
+"""Beside the word, never instead of it: colour and shape say the same."""
+
+EVENT_WORDS: Mapping[str, tuple[str, str]] = {
+    EventKind.ACCEPTED: ("Accepted", "pending"),
+    EventKind.REJECTED: ("Rejected, its queue was full", "rejected"),
+    EventKind.STARTED: ("Started", "running"),
+    EventKind.SUCCEEDED: ("Succeeded", "success"),
+    EventKind.RETRYING: ("To be tried again", "interrupted"),
+    EventKind.FAILED: ("Failed", "failed"),
+    EventKind.CANCEL_REQUESTED: ("Asked to stop", "cancelled"),
+    EventKind.CANCELLED: ("Cancelled", "cancelled"),
+    EventKind.INTERRUPTED: ("Interrupted", "interrupted"),
+    EventKind.RESCUED: ("Rescued from a lost instance", "interrupted"),
+    EventKind.REQUEUED: ("Queued again", "pending"),
+    EventKind.LEASE_LOST: ("A late result was refused", "rejected"),
+}
+"""Event kind -> what it says, and the status whose colour it has."""
+
+
+# -- times in searches
+
+AGO = re.compile(r"(\d{1,6})([mhd])")
+UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+
+
+def parse_moment(text: str, now: datetime) -> datetime:
+    """An ISO 8601 time, UTC where it names no zone, or "<N>m", "<N>h", "<N>d" ago. Raises ValueError."""
+    try:
+        if ago := AGO.fullmatch(text):
+            return now - timedelta(**{UNITS[ago[2]]: int(ago[1])})
+        moment = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)  # "+" in a URL is a space
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r}: expected an ISO 8601 time, or <N>m, <N>h or <N>d ago") from None
+
+
+# -- the search box
+
+TOKEN = re.compile(r'(?P<key>[A-Za-z][\w.-]*):(?P<value>"[^"]*"|\S*)|"(?P<phrase>[^"]*)"|(?P<word>\S+)')
+MOST_SEARCH_CHARACTERS = 512
+PLAIN_VALUE = re.compile(r'[^\s":]+')
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a search asks for. `problems` are the parts that were not understood, and why."""
+
+    statuses: tuple[TaskStatus, ...] = ()
+    name: str | None = None
+    queue: str | None = None
+    source: str | None = None
+    tags: tuple[tuple[str, str], ...] = ()
+    since: str | None = None
+    until: str | None = None
+    words: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def filter(self, now: datetime) -> TaskFilter:
+        return TaskFilter(
+            statuses=self.statuses,
+            func_name=self.name,
+            queue=self.queue,
+            source=self.source,
+            tags=self.tags,
+            since=self.since and parse_moment(self.since, now) or None,
+            until=self.until and parse_moment(self.until, now) or None,
+            text=" ".join(self.words) or None,
+        )
+
+    def __str__(self) -> str:
+        """As it could be typed; what was not understood is left out."""
+        parts = [f"status:{','.join(self.statuses)}"] if self.statuses else []
+        for key in ("name", "queue", "source", "since", "until"):
+            if value := getattr(self, key):
+                parts.append(f"{key}:{quoted(value)}")
+        parts += [f"tag.{key}:{quoted(value)}" for key, value in self.tags]
+        parts += [word if PLAIN_VALUE.fullmatch(word) else f'"{word}"' for word in self.words]
+        return " ".join(parts)
+
+    def toggled(self, status: TaskStatus) -> Search:
+        """The same search with this status added, or taken out."""
+        if status in self.statuses:
+            return replace(self, statuses=tuple(other for other in self.statuses if other is not status))
+        return replace(self, statuses=(*self.statuses, status))
+
+    def without_statuses(self) -> Search:
+        return replace(self, statuses=())
+
+    @property
+    def looks_through_all(self) -> bool:
+        """Whether some part has no index, so that only the newest tasks are looked at."""
+        return bool(self.words or self.tags or self.source or (self.statuses and (self.name or self.queue)))
+
+
+def parse_search(text: str, now: datetime) -> Search:
+    """Never fails: what is not understood becomes a problem, and the rest is searched for."""
+    search = Search()
+    for token in TOKEN.finditer(text.replace("\0", " ")[:MOST_SEARCH_CHARACTERS]):
+        key, value = token["key"], (token["value"] or "").strip('"')
+        if key is None:
+            word = token["phrase"] if token["word"] is None else token["word"]
+            search = replace(search, words=(*search.words, word)) if word.strip() else search
+            continue
+        try:
+            search = with_qualifier(search, key.lower(), key, value, now)
+        except ValueError as problem:
+            search = replace(search, problems=(*search.problems, str(problem)))
+    return search
+
+
+def with_qualifier(search: Search, kind: str, key: str, value: str, now: datetime) -> Search:
+    """Raises ValueError naming the part and what would have been understood."""
+    if not value:
+        raise ValueError(f"{key}: needs a value, with no space after the colon")
+    if kind == "status":
+        found = dict.fromkeys((*search.statuses, *(status_named(part) for part in value.split(",") if part)))
+        return replace(search, statuses=tuple(found))
+    if kind in ("name", "queue"):
+        return replace(search, **{kind: value})  # type: ignore[arg-type]
+    if kind == "source":
+        if value not in ("manual", "scheduled"):
+            raise ValueError(f"source:{value}: is manual or scheduled")
+        return replace(search, source=value)
+    if kind in ("since", "until"):
+        try:
+            parse_moment(value, now)
+        except ValueError as error:
+            raise ValueError(f"{kind}:{error}") from None
+        return replace(search, **{kind: value})  # type: ignore[arg-type]
+    if kind.startswith("tag.") and len(kind) > 4:
+        return replace(search, tags=(*search.tags[-19:], (key[4:], value)))
+    raise ValueError(f'{key}: is no qualifier of this search; put quotes around it to search for the text "{key}:..."')
+
+
+def status_named(text: str) -> TaskStatus:
+    try:
+        return TaskStatus(text.lower())
+    except ValueError:
+        raise ValueError(f"status:{text}: is one of {', '.join(TaskStatus)}") from None
+
+
+def quoted(value: str) -> str:
+    return value if re.fullmatch(r'[^\s"]+', value) else f'"{value}"'
+
+
+# -- values as words
+
+
+def seconds(value: float | None) -> str:
+    """A duration, short: two units at most."""
+    if value is None:
+        return ""
+    if value < 0.0005:
+        return "0 ms"
+    if value < 0.9995:
+        return f"{value * 1000:.0f} ms" if value >= 0.0095 else f"{value * 1000:.1f} ms"
+    if value < 9.95:
+        return f"{value:.1f} s".replace(".0 s", " s")
+    whole = round(value)
+    for unit, size, smaller, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= size:
+            rest = whole % size // part
+            return f"{whole // size:,} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{whole} s"
+
+
+def age(moment: datetime, now: datetime) -> str:
+    """How long ago, in one unit; `app.js` keeps it true with the same words."""
+    past = max(0, int((now - moment).total_seconds()))
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if past >= size:
+            return f"{past // size} {unit} ago"
+    return f"{past} s ago" if past >= 5 else "just now"
+
+
+def clock(moment: datetime | None) -> str:
+    return "" if moment is None else f"{moment:%H:%M:%S}"
+
+
+def full(moment: datetime | None) -> str:
+    return "" if moment is None else f"{moment:%Y-%m-%d %H:%M:%S.%f}"[:-3] + " UTC"
+
+
+def day_clock(moment: datetime, now: datetime) -> str:
+    """The time of day, with the date where it is not today's."""
+    return f"{moment:%H:%M:%S}" if moment.date() == now.date() else f"{moment:%b %-d, %H:%M}"
+
+
+def number(value: float) -> str:
+    return f"{value:,}"
+
+
+def short_number(value: int) -> str:
+    """In at most seven characters."""
+    for limit, size, unit in ((10**6, 1, ""), (10**9, 10**6, "M"), (10**12, 10**9, "B")):
+        if value < limit:
+            return f"{value:,}" if size == 1 else f"{value / size:.2f} {unit}"
+    return f"{value:.2g}"
+
+
+def percent(part: float, whole: float) -> str:
+    if not whole:
+        return "0 %"
+    share = 100 * part / whole
+    if 0 < share < 0.1:
+        return "< 0.1 %"
+    if 99.9 < share < 100:
+        return "> 99.9 %"
+    return f"{share:.0f} %" if share in (0, 100) else f"{share:.1f} %"
+
+
+def short_id(task_id: str) -> str:
+    """Its last characters: the first ones are the time, and equal for all tasks of a minute."""
+    return task_id[-8:]
+
+
+def first_line(text: str | None, limit: int = 120) -> str:
+    line = (text or "").strip().partition("\n")[0]
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def pretty(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A log line's extra fields, as words."""
+    return [(key, value if isinstance(value, str) else json.dumps(value, default=str)) for key, value in values.items()]
+
+
+# -- a task in words
+
+
+def glyph(status: str) -> str:
+    return GLYPHS[status]
+
+
+def waiting_for(task: TaskRecord, now: datetime, *, known: bool) -> str:
+    """What a pending task waits for; nothing when it is simply next."""
+    if not known:
+        return "waits for a process that knows this function"
+    left = (task.run_at - now).total_seconds()
+    if left <= 0:
+        return ""
+    if task.attempt > task.excused:
+        return f"retry {task.retries_used + 1} of {task.max_attempts - 1} in {seconds(left)}"
+    return f"starts in {seconds(left)}"
+
+
+def wait_seconds(task: TaskRecord, now: datetime) -> float | None:
+    """How long the present or last attempt waited, or has waited so far, once it was due."""
+    until = task.start_time
+    if task.status is TaskStatus.PENDING:
+        until = now
+    return None if until is None else max(0.0, (until - task.run_at).total_seconds())
+
+
+def run_seconds(task: TaskRecord, now: datetime) -> float | None:
+    if task.status is TaskStatus.RUNNING and task.start_time is not None:
+        return max(0.0, (now - task.start_time).total_seconds())
+    return None if task.status is TaskStatus.PENDING else task.duration
+
+
+def can_retry(task: TaskRecord) -> bool:
+    return task.status in RETRYABLE
+
+
+def can_cancel(task: TaskRecord) -> bool:
+    return not task.status.terminal and not task.cancel_requested
+
+
+def progress_share(progress: Mapping[str, Any]) -> float | None:
+    """Between 0 and 1; None where the task did not say out of how much."""
+    done, total = progress.get("done"), progress.get("total")
+    if not isinstance(done, int | float) or not isinstance(total, int | float) or total <= 0:
+        return None
+    return min(1.0, max(0.0, done / total))
+
+
+# -- failures
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Failures of one function with one message."""
+
+    name: str
+    error: str
+    status: TaskStatus
+    n: int
+    newest: TaskRecord
+
+
+def problems(tasks: Iterable[TaskRecord], limit: int) -> list[Problem]:
+    """Failed tasks grouped, the largest group first. Numbers and ids in messages do not make a group of their own."""
+    groups: dict[tuple[str, str], list[TaskRecord]] = {}
+    for task in tasks:
+        groups.setdefault((task.func_name, masked(first_line(task.error))), []).append(task)
+    found = [
+        Problem(group[0].func_name, first_line(group[0].error), group[0].status, len(group), group[0])
+        for group in groups.values()
+    ]
+    return sorted(found, key=lambda problem: (-problem.n, -problem.newest.created_at.timestamp()))[:limit]
+
+
+def masked(message: str) -> str:
+    return re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|0x[0-9a-f]+|\d+", "#", message, flags=re.IGNORECASE)
+
+
+FRAME = re.compile(r'  File "(?P<path>[^"]+)", line (?P<line>\d+)(?:, in (?P<where>.+))?')
+FOREIGN = ("site-packages", "/lib/python", "/taskflow/", "<frozen", "<string>")
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    path: str
+    line: str
+    where: str
+    code: str
+
+
+def own_frames(stacktrace: str | None, root: str) -> Sequence[Frame]:
+    """The frames of the team's own code, the innermost first; paths below `root` without it."""
+    lines = (stacktrace or "").splitlines()
+    frames = []
+    for index, text in enumerate(lines):
+        match = FRAME.fullmatch(text)
+        if match and not any(part in match["path"].replace("\\", "/") for part in FOREIGN):
+            code = lines[index + 1].strip() if index + 1 < len(lines) and lines[index + 1].startswith("    ") else ""
+            frames.append(Frame(match["path"].removeprefix(root).lstrip("/"), match["line"], match["where"] or "", code))
+    return frames[::-1]
+
+
+def error_type(stacktrace: str | None) -> str:
+    """The exception's class, as the traceback's last line names it."""
+    for line in reversed((stacktrace or "").splitlines()):
+        if match := re.match(r"([A-Za-z_][\w.]*)(?::|$)", line):
+            return match[1].rpartition(".")[2]
+    return ""
+
+
+FILTERS: Mapping[str, Callable[..., Any]] = {
+    "age": age,
+    "can_cancel": can_cancel,
+    "can_retry": can_retry,
+    "clock": clock,
+    "day_clock": day_clock,
+    "first_line": first_line,
+    "full": full,
+    "glyph": glyph,
+    "number": number,
+    "pairs": pairs,
+    "percent": percent,
+    "pretty": pretty,
+    "progress_share": progress_share,
+    "run_seconds": run_seconds,
+    "seconds": seconds,
+    "short_id": short_id,
+    "short_number": short_number,
+    "wait_seconds": wait_seconds,
+    "waiting_for": waiting_for,
+}
