@@ -8,6 +8,7 @@ from typing import Any
 
 from app.taskflow import TaskAdmin, TaskManager
 from fastapi import BackgroundTasks, FastAPI
+from starlette.requests import HTTPConnection
 
 
 class Session:
@@ -26,7 +27,7 @@ class Session:
 
     async def request(self, kind: str, count: int) -> None:
         """What one request with `count` tasks costs: the dependency's way in, `add_task`, and its way out."""
-        dependency = self.manager.accept_tasks(BackgroundTasks())
+        dependency = self.manager.accept_tasks(HTTPConnection({"type": "http", "headers": []}), BackgroundTasks())
         background_tasks = await anext(dependency)
         for number in range(count):
             background_tasks.add_task(self.tasks[kind], number)

@@ -1,9 +1,13 @@
-"""Your routes. `add_task` returns an id that is durable before the response starts."""
+"""Your routes. `add_task` returns an id that is durable before the response starts.
+
+FastAPI's own `BackgroundTasks` works as well; ours says in its types that `add_task` returns an id.
+"""
 
 from typing import Any
 
-from fastapi import APIRouter, BackgroundTasks
+from fastapi import APIRouter
 
+from app.taskflow import ManagedBackgroundTasks as BackgroundTasks
 from app.tasks import process_webhook, send_email
 
 router = APIRouter()

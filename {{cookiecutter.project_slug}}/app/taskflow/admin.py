@@ -20,6 +20,7 @@ from fastapi.routing import APIRoute
 from .errors import (
     BackendUnavailable,
     QueueFullError,
+    QueueNotFound,
     TaskArgumentError,
     TaskflowError,
     TaskNotFound,
@@ -40,6 +41,7 @@ STATUS_CODES: dict[type[TaskflowError], int] = {
     QueueFullError: 429,
     BackendUnavailable: 503,
     TaskNotFound: 404,
+    QueueNotFound: 404,
     TaskStateError: 400,
     UnknownFunction: 409,
 }

@@ -34,7 +34,12 @@ class CannotStore(ValueError):
 
 def encode(value: object) -> str:
     """JSON text of a value. Raises CannotStore."""
-    return _encoder.encode(to_json(value))
+    try:
+        return _encoder.encode(to_json(value))
+    except CannotStore:
+        raise
+    except ValueError as error:  # an int with more digits than Python would read back
+        raise CannotStore(str(error)) from error
 
 
 def decode(text: str) -> Any:
@@ -54,7 +59,7 @@ def decode_call(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(args), kwargs
 
 
-def to_json(value: object, where: str = "", depth: int = 0) -> Any:
+def to_json(value: Any, where: str = "", depth: int = 0) -> Any:
     """The value in terms of JSON, tagged where JSON has no word for it."""
     kind = type(value)
     if kind in (str, int, bool) or value is None:
@@ -62,11 +67,11 @@ def to_json(value: object, where: str = "", depth: int = 0) -> Any:
     if depth > DEEPEST:
         raise CannotStore(f"nested deeper than {DEEPEST} levels{where}")
     if kind is float:
-        return value if math.isfinite(value) else {"$float": str(value)}  # type: ignore[arg-type]
+        return value if math.isfinite(value) else {"$float": str(value)}
     if kind is list:
-        return [to_json(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]  # type: ignore[arg-type]
+        return [to_json(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
     if kind is dict:
-        return dict_to_json(value, where, depth)  # type: ignore[arg-type]
+        return dict_to_json(value, where, depth)
     if tag := TAGS.get(kind):
         return {tag.name: tag.write(value, where, depth)}
     return rich_to_json(value, where, depth)

@@ -7,7 +7,7 @@ and return; they work from coroutines and from threads alike, and do nothing out
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +29,8 @@ class TaskContext:
     attempt: int
     tags: Mapping[str, str]
     sink: TaskSink = field(repr=False)
+    traceparent: str | None = None
+    """W3C trace context of whoever added the task."""
     cancelled: bool = False
     """True once somebody asked this task to stop, its time is up, or the service shuts down. A thread looks at it."""
 
@@ -40,6 +42,27 @@ class TaskContext:
         if message is not None:
             value["message"] = str(message)
         self.sink.progress(self, value)
+
+
+class CarriedContexts:
+    """The callers' context variables, kept for the tasks of this process until they end; the oldest go first."""
+
+    def __init__(self, most: int = 10_000) -> None:
+        self._most = most
+        self._contexts: dict[str, Context] = {}
+
+    def keep(self, task_id: str) -> None:
+        if len(self._contexts) >= self._most:
+            self._contexts.pop(next(iter(self._contexts)), None)
+        self._contexts[task_id] = copy_context()
+
+    def of(self, task_id: str) -> Context:
+        """A copy for one attempt; a fresh one where nothing was kept."""
+        kept = self._contexts.get(task_id)
+        return copy_context() if kept is None else kept.copy()
+
+    def forget(self, task_id: str) -> None:
+        self._contexts.pop(task_id, None)
 
 
 current: ContextVar[TaskContext | None] = ContextVar("taskflow_context", default=None)

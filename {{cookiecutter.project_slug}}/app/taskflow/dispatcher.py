@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Literal
 
 from .backends.base import Claimed, Demand, Finish, TurnResult
+from .context import CarriedContexts
 from .executors import Executor
 from .journal import Journal
 from .registry import TaskRegistry
@@ -43,8 +44,14 @@ class Running:
 
 class Dispatcher:
     def __init__(
-        self, registry: TaskRegistry, executors: Mapping[str, Executor], runner: Runner, journal: Journal
+        self,
+        registry: TaskRegistry,
+        executors: Mapping[str, Executor],
+        runner: Runner,
+        journal: Journal,
+        carried: CarriedContexts,
     ) -> None:
+        self._carried = carried
         self._registry = registry
         self._executors = executors
         self._runner = runner
@@ -72,6 +79,8 @@ class Dispatcher:
         """One turn is committed: its finishes leave their slots, its claims start."""
         for finish in finishes:
             self._release(finish, lost=finish.task.task_id in result.refused)
+        for task_id in result.stopping:
+            self.cancel(task_id)
         for task in result.claimed:
             self._begin(task)
 
@@ -95,7 +104,7 @@ class Dispatcher:
         return self._claiming
 
     def cancel(self, task_id: str) -> bool:
-        """Asks a running attempt to stop: a coroutine is cancelled, a thread is told. False when it does not run here."""
+        """Asks a running attempt to stop: a coroutine is cancelled, a thread is told. False when it is not here."""
         running = self._running.get(task_id)
         if running is None or running.job is None:
             return False
@@ -129,7 +138,8 @@ class Dispatcher:
         running = Running(self._runner.attempt(task), kind)
         self._running[task.task_id] = running
         self._used[kind] += 1
-        running.job = asyncio.get_running_loop().create_task(self._work(running), name=task.task_id)
+        context = self._carried.of(task.task_id)
+        running.job = asyncio.get_running_loop().create_task(self._work(running), name=task.task_id, context=context)
 
     async def _work(self, running: Running) -> None:
         finish = await self._runner.run(running.attempt)
@@ -137,6 +147,8 @@ class Dispatcher:
         self._journal.finish(finish)
 
     def _release(self, finish: Finish, *, lost: bool) -> None:
+        if finish.status.terminal or lost:
+            self._carried.forget(finish.task.task_id)
         running = self._running.pop(finish.task.task_id, None)
         if running is not None:
             self._used[running.kind] -= 1

@@ -40,6 +40,14 @@ class TaskNotFound(TaskflowError):
         super().__init__(f"no task has the id {task_id!r}")
 
 
+class QueueNotFound(TaskflowError):
+    """No queue has this name. Answered as 404."""
+
+    def __init__(self, queue: str) -> None:
+        self.queue = queue
+        super().__init__(f"no queue is named {queue!r}")
+
+
 class TaskStateError(TaskflowError):
     """A command that the task's present status does not allow. Answered as 400."""
 
@@ -54,6 +62,14 @@ class UnknownFunction(TaskflowError):
     def __init__(self, name: str) -> None:
         self.name = name
         super().__init__(f"no task function is registered as {name!r} in this process")
+
+
+class UnreadableCall(TaskflowError):
+    """Stored arguments that are no longer a call of the function: it fails for good, and alone."""
+
+    def __init__(self, name: str, reason: object) -> None:
+        self.name = name
+        super().__init__(f"{name}(): the stored arguments cannot be read: {reason}")
 
 
 class BackendUnavailable(TaskflowError):

@@ -8,27 +8,41 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from .context import TaskContext
+from .errors import TaskArgumentError, UnreadableCall
 from .models import ExecutorKind
+from .registry import TaskDefinition
 
 DEFAULT_ASYNC_SLOTS = 1_000
 DEFAULT_THREADS = 100
 """Threads start when they are needed; they mostly wait for somebody else's server."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One call of a task function, ready to run."""
+    """One call of a task function: what to run, with the arguments as they are stored."""
 
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    definition: TaskDefinition
+    arguments: str
+    context: TaskContext
+    injected: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments that are not stored: what the function's dependencies resolved to for this attempt."""
+
+    def bound(self) -> Callable[[], Any]:
+        """The function with its arguments, decoded and checked. Raises UnreadableCall."""
+        try:
+            args, kwargs = self.definition.decode(self.arguments)
+        except (ValueError, TypeError, ArithmeticError, TaskArgumentError) as error:
+            raise UnreadableCall(self.definition.name, error) from error
+        return functools.partial(self.definition.function, *args, **kwargs, **self.injected)
 
 
 class Executor(Protocol):
@@ -54,13 +68,13 @@ class AsyncExecutor:
     def start(self) -> None: ...
 
     async def run(self, call: Call) -> Any:
-        return await call.function(*call.args, **call.kwargs)
+        return await call.bound()()
 
     def close(self) -> None: ...
 
 
 class ThreadExecutor:
-    """A pool of daemon threads, started as they are needed.
+    """Runs each call in a daemon thread.
 
     Not `concurrent.futures`: its threads are joined at the interpreter's exit, so one task that hangs would keep the
     process from ever ending.
@@ -70,20 +84,43 @@ class ThreadExecutor:
 
     def __init__(self, slots: int | None = None) -> None:
         self.slots = slots or DEFAULT_THREADS
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._ended: deque[Job] = deque()
-        self._told = False
-        self._idle = 0
-        self._threads = 0
+        self._crew: Crew | None = None
 
     def start(self) -> None: ...
 
     async def run(self, call: Call) -> Any:
         loop = asyncio.get_running_loop()
-        job = Job(call, contextvars.copy_context(), loop, loop.create_future())
+        if self._crew is None or self._crew.loop is not loop:
+            self.close()
+            self._crew = Crew(loop, self.slots)
+        return await self._crew.run(Job(call.bound(), contextvars.copy_context(), loop.create_future()))
+
+    def close(self) -> None:
+        if self._crew is not None:
+            self._crew.dismiss()
+            self._crew = None
+
+
+class Crew:
+    """The threads that work for one event loop, started as they are needed.
+
+    Only the event loop counts them; what a thread brings back after the loop has gone is nobody's.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, most: int) -> None:
+        self.loop = loop
+        self._most = most
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._ended: deque[Job] = deque()
+        self._told = False
+        self._idle = 0
+        self._threads = 0
+        self._dismissed = False
+
+    async def run(self, job: Job) -> Any:
         if self._idle:
             self._idle -= 1
-        elif self._threads < self.slots:
+        elif self._threads < self._most:
             self._threads += 1
             threading.Thread(target=self._work, name=f"taskflow-thread-{self._threads}", daemon=True).start()
         self._jobs.put(job)
@@ -91,27 +128,25 @@ class ThreadExecutor:
             return await job.done
         except asyncio.CancelledError:
             job.abandoned = True
-            self._threads -= 1  # its slot is free again: the thread that is stuck in it ends after this call
+            self._threads -= 1  # its slot is free again: another thread will serve it
             raise
 
-    def close(self) -> None:
+    def dismiss(self) -> None:
+        self._dismissed = True
         for _ in range(self._threads):
             self._jobs.put(None)
-        self._jobs = queue.SimpleQueue()
-        self._idle = self._threads = 0
 
     def _work(self) -> None:
-        jobs, ended = self._jobs, self._ended
-        while (job := jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None:
             job.run()
-            ended.append(job)
+            self._ended.append(job)
             if not self._told:  # one wake-up of the event loop collects all that ended meanwhile
                 self._told = True
                 try:
-                    job.loop.call_soon_threadsafe(self._deliver)
+                    self.loop.call_soon_threadsafe(self._deliver)
                 except RuntimeError:  # the event loop is closed: nobody waits for results any more
                     return
-            if job.abandoned:
+            if self._dismissed:
                 return
             del job  # an idle thread must not keep the last result alive
 
@@ -119,26 +154,28 @@ class ThreadExecutor:
         self._told = False
         while self._ended:
             job = self._ended.popleft()
-            if not job.done.done():  # else its task was cancelled meanwhile
+            if not job.done.done():
                 self._idle += 1
                 job.settle()
+            elif not self._dismissed:
+                self._jobs.put(None)  # cancelled: the thread that ran it is one more than are counted
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    call: Call
+    function: Callable[[], Any]
     context: contextvars.Context
-    loop: asyncio.AbstractEventLoop
     done: asyncio.Future[Any]
     abandoned: bool = False
-    """Its task was cancelled: the result is dropped."""
-
+    """Its task was cancelled: the result is dropped, and a function that has not begun never does."""
     result: Any = None
     error: BaseException | None = None
 
     def run(self) -> None:
+        if self.abandoned:
+            return
         try:
-            self.result = self.context.run(self.call.function, *self.call.args, **self.call.kwargs)
+            self.result = self.context.run(self.function)
         except StopIteration as error:  # a future cannot carry it
             self.error = RuntimeError("the task raised StopIteration")
             self.error.__cause__ = error

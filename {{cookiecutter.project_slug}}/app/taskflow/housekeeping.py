@@ -13,21 +13,24 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from .backends.base import Backend, Beat, Instance, Rescue
+from .backends.base import Backend, Beat, Cancel, DeclareQueues, Instance, Rescue
 from .dispatcher import Dispatcher
 from .errors import BackendUnavailable
 from .journal import Journal
 from .loops import Loop
+from .models import QueueConfig, TaskFilter, TaskStatus
+from .store import TaskStore
 
 logger = logging.getLogger("taskflow")
 
 LEASE_SECONDS = 30.0
 BEATS_PER_LEASE = 3
 RESCUE_INTERVAL = 5.0
+RETENTION_INTERVAL = 60.0
 CANCEL_INTERVAL = 1.0
 """Seconds after which an instance sees that another one was asked to cancel a task it runs."""
 
@@ -71,8 +74,15 @@ class Heartbeat:
     """Renews this instance's lease from a thread of its own."""
 
     def __init__(
-        self, backend: Backend, me: Instance, dispatcher: Dispatcher, *, clock: Callable[[], datetime]
+        self,
+        backend: Backend,
+        me: Instance,
+        dispatcher: Dispatcher,
+        *,
+        clock: Callable[[], datetime],
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
+        self._lease_seconds = lease_seconds
         self._backend = backend
         self._me = me
         self._dispatcher = dispatcher
@@ -87,7 +97,7 @@ class Heartbeat:
     def beat(self) -> None:
         """Raises BackendUnavailable."""
         now = self._clock()
-        lease_until = now + timedelta(seconds=LEASE_SECONDS)
+        lease_until = now + timedelta(seconds=self._lease_seconds)
         self._backend.beat(self._me, Beat(now, lease_until, self._dispatcher.slots, self._dispatcher.running))
 
     def stop(self) -> None:
@@ -101,7 +111,7 @@ class Heartbeat:
                 logger.warning("could not sign off: %s", error)
 
     def _run(self) -> None:
-        while not self._stop.wait(LEASE_SECONDS / BEATS_PER_LEASE):
+        while not self._stop.wait(self._lease_seconds / BEATS_PER_LEASE):
             try:
                 self.beat()
             except Exception as error:  # noqa: BLE001 - the next beat comes; two may be missed before the lease lapses
@@ -119,8 +129,17 @@ class Housekeeping:
         me: Instance,
         *,
         clock: Callable[[], datetime],
+        store: TaskStore,
+        queues: Mapping[str, QueueConfig],
         runs_tasks: bool = True,
+        requeue_pending: bool = True,
+        retention_days: float | None = None,
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
+        self._store = store
+        self._queues = queues
+        self._requeue_pending = requeue_pending
+        self._retention_days = retention_days
         self._backend = backend
         self._journal = journal
         self._dispatcher = dispatcher
@@ -129,18 +148,22 @@ class Housekeeping:
         self._runs_tasks = runs_tasks
         self.introduced = asyncio.Event()
         """Set once this instance is known to the others, and may claim."""
-        self.heartbeat = Heartbeat(backend, me, dispatcher, clock=clock)
+        self.heartbeat = Heartbeat(backend, me, dispatcher, clock=clock, lease_seconds=lease_seconds)
         self._rescue_loop = Loop("rescue", self._rescue_round)
         self._cancel_loop = Loop("cancels", self._cancel_round)
+        self._retention_loop = Loop("retention", self._retention_round)
 
     def start(self) -> None:
         self._rescue_loop.start()
         if self._runs_tasks:
             self._cancel_loop.start()
+        if self._retention_days is not None:
+            self._retention_loop.start()
 
     async def stop(self) -> None:
         await self._rescue_loop.stop()
         await self._cancel_loop.stop()
+        await self._retention_loop.stop()
 
     async def sign_off(self) -> None:
         await asyncio.to_thread(self.heartbeat.stop)
@@ -160,8 +183,11 @@ class Housekeeping:
         await self._journal.ready()
         await asyncio.to_thread(self.heartbeat.beat)
         self.heartbeat.start()
+        await self._journal.obey(DeclareQueues(self._queues))
         self.introduced.set()
         await self._rescue()
+        if not self._requeue_pending:
+            await self._drop_pending()
         if self._runs_tasks:
             self._dispatcher.start()
             self._journal.wake()
@@ -189,3 +215,17 @@ class Housekeeping:
             with contextlib.suppress(BackendUnavailable):
                 for task_id in await self._backend.cancels(self._me.instance_id):
                     self._dispatcher.cancel(task_id)
+
+    async def _drop_pending(self) -> None:
+        """With `requeue_pending=False`: what an earlier run left waiting is cancelled, unless others serve it."""
+        others = await asyncio.to_thread(self._backend.lapsed, self._clock())
+        if any(other.instance_id != self._me.instance_id for other, _ in others):
+            return
+        pending = TaskFilter(statuses=(TaskStatus.PENDING,))
+        while tasks := (await self._store.page(pending, None, 500)).tasks:
+            await asyncio.gather(*(self._journal.obey(Cancel(task.task_id, None)) for task in tasks))
+
+    async def _retention_round(self) -> None:
+        await asyncio.sleep(RETENTION_INTERVAL)
+        with contextlib.suppress(BackendUnavailable):
+            await self._store.prune(self._clock() - timedelta(days=self._retention_days or 0.0))

@@ -25,6 +25,7 @@ from .backends.base import Answer, Backend, Command, Demand, Draft, Finish, LogL
 from .context import TaskContext
 from .errors import BackendUnavailable, QueueFullError
 from .loops import Loop, pause_after
+from .models import QueueState
 
 logger = logging.getLogger("taskflow")
 
@@ -101,6 +102,8 @@ class Journal:
         self._careful = 0
         self._more = False
         self._next_due: datetime | None = None
+        self.queues: Mapping[str, QueueState] = {}
+        """Queues that have limits, as the last turn left them."""
         self.dropped_logs = 0
         self.last_turn: float | None = None
         """Monotonic time of the last turn that was committed; None before the first."""
@@ -159,8 +162,6 @@ class Journal:
         Raises BackendUnavailable when they could not be in `ACCEPT_TIMEOUT` seconds: then they never will be.
         Raises QueueFullError when a queue refused one of them; the refused are stored as REJECTED.
         """
-        if self._event_loop is None:
-            raise BackendUnavailable("the task manager was not started (in tests: `with TestClient(app) as client`)")
         if self._waiting_drafts >= MOST_WAITING and self._stalled:
             raise BackendUnavailable(f"{self._waiting_drafts} tasks wait to be stored, more are not taken")
         self._waiting_drafts += len(drafts)
@@ -176,11 +177,15 @@ class Journal:
 
     async def obey(self, command: Command) -> Answer:
         """What the command found and did, once that is committed. Raises BackendUnavailable like `accept`."""
+        if self._event_loop is None:
+            raise BackendUnavailable("the task manager was not started")
         answer = await self._submit(Waiting(monotonic() + ACCEPT_TIMEOUT, command=command))
         assert isinstance(answer, Answer)
         return answer
 
     async def _submit(self, waiting: Waiting) -> Any:
+        if self._event_loop is None:
+            raise BackendUnavailable("the task manager was not started (in tests: `with TestClient(app) as client`)")
         self._waiting.append(waiting)
         self._wake.set()
         return await waiting.done
@@ -294,7 +299,7 @@ class Journal:
         if self._failures:
             logger.warning("the task backend answers again after %d failed tries", self._failures)
         self._failures, self.last_error = 0, None
-        self._more, self._next_due = result.more, result.next_due
+        self._more, self._next_due, self.queues = result.more, result.next_due, result.queues
         self.last_turn = monotonic()
         self._answered.set()
         answers = iter(result.answers)
@@ -310,6 +315,7 @@ class Journal:
         self._finishes[:0] = batch.finishes
         self._waiting.extendleft(reversed(batch.waiting))
         with self._words:
+            self.dropped_logs += max(0, len(batch.logs) + len(self._logs) - MOST_WAITING)
             self._logs = deque([*batch.logs, *self._logs], maxlen=MOST_WAITING)  # the newest stay
             self._progress = {item.task_id: item for item in batch.progress} | self._progress
 
@@ -329,10 +335,10 @@ class Journal:
             self._careful = batch.size
         elif batch.waiting:
             settle(batch.waiting[0], error)
-        elif batch.finishes and (plain := without_texts(batch.finishes[0])) != batch.finishes[0]:
-            self._finishes.insert(0, plain)
+        elif batch.finishes:
+            self._finishes += [without_texts(finish) for finish in batch.finishes]  # behind those that can be written
         else:
-            self._put_back(batch)
+            self.dropped_logs += batch.size
 
     async def _pause(self) -> None:
         """Before the next try, but never beyond the moment when somebody has to be told "no"."""
@@ -352,8 +358,9 @@ def settle(waiting: Waiting, outcome: Answer | Exception | None) -> None:
 
 
 def verdict(drafts: Sequence[Draft], result: TurnResult) -> QueueFullError | None:
+    """Those that were refused when they were added have told their caller already."""
     for draft in drafts:
-        if draft.task_id in result.rejected:
+        if draft.task_id in result.rejected and draft.rejected_by is None:
             return QueueFullError(draft.queue, result.rejected[draft.task_id])
     return None
 
@@ -366,5 +373,3 @@ def without_texts(finish: Finish) -> Finish:
 def clean(text: str) -> str:
     """Without what databases refuse in text: NUL and lone surrogates."""
     return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-

@@ -13,21 +13,30 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
 from time import monotonic
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import uuid_utils
 from fastapi import FastAPI
+from sqlalchemy.orm import Session
 
-from .background import request_dependencies
 from .backends import Backend, open_backend
+from .backends.base import Turn
+from .background import request_dependencies
+from .cipher import make_cipher
+from .clock import Clock
+from .context import CarriedContexts
 from .dispatcher import Dispatcher
 from .executors import AsyncExecutor, Executor, ThreadExecutor
-from .housekeeping import Housekeeping, introduce
+from .housekeeping import LEASE_SECONDS, Housekeeping, introduce
 from .journal import Journal
-from .models import ExecutorKind, QueueConfig, RetryOn, TaskConfig, utc_now
+from .models import DEFAULT_QUEUE, ExecutorKind, QueueConfig, RetryOn, TaskConfig
 from .registry import TaskRegistry
 from .runner import Runner
 from .store import AddOptions, TaskStore
+from .transactions import enlist
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 logger = logging.getLogger("taskflow")
 
@@ -78,28 +87,40 @@ class TaskManager:
         self.registry = TaskRegistry()
         self.backend = snapshot_backend or open_backend(snapshot_db)
         self.instance_id = str(uuid_utils.uuid7())
-        clock = utc_now
+        self.clock = clock = Clock()
         executors: dict[str, Executor] = {
             "async": AsyncExecutor(max_concurrent_tasks),
             "thread": ThreadExecutor(max_sync_threads),
         }
         self.journal = Journal(self.backend, self.instance_id, clock=clock)
-        self.runner = Runner(self.registry, executors, self.journal, clock)
-        self.dispatcher = Dispatcher(self.registry, executors, self.runner, self.journal)
+        cipher = make_cipher(encrypt_args_key)
+        carried = CarriedContexts()
+        self.queues = declared_queues(queues, max_size)
+        self.runner = Runner(self.registry, executors, self.journal, clock, cipher)
+        self.dispatcher = Dispatcher(self.registry, executors, self.runner, self.journal, carried)
         self.journal.attach(self.dispatcher)
         self.store = TaskStore(
             self.registry,
             self.backend,
             self.journal,
-            self.dispatcher,
+            carried,
             clock=clock,
+            cipher=cipher,
+            queues=self.queues,
             retry_replaces_original=retry_replaces_original,
         )
+        self.lease_seconds = LEASE_SECONDS
+        self.retention_days = retention_days
+        self.requeue_pending = requeue_pending
         self.runs_tasks = True
         """False in a process that only accepts: its tasks are run by others."""
         self.accept_tasks, self.get_tasks = request_dependencies(self.store)
-        self._clock = clock
         self._housekeeping: Housekeeping | None = None
+
+    @property
+    def backend_name(self) -> str:
+        """Where tasks are stored, without its password."""
+        return self.backend.name
 
     # -- decorators
 
@@ -109,6 +130,7 @@ class TaskManager:
     @overload
     def task(
         self,
+        /,
         *,
         name: str | None = None,
         retries: int = 0,
@@ -127,12 +149,48 @@ class TaskManager:
         tags: Mapping[str, str] | None = None,
     ) -> Callable[[F], F]: ...
 
-    def task(self, function: F | None = None, /, **options: Any) -> F | Callable[[F], F]:
+    def task(
+        self,
+        function: F | None = None,
+        /,
+        *,
+        name: str | None = None,
+        retries: int = 0,
+        delay: float = 0.0,
+        backoff: float = 1.0,
+        max_delay: float | None = None,
+        jitter: bool = False,
+        retry_on: RetryOn | type[BaseException] | None = None,
+        timeout: float | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        executor: ExecutorKind | None = None,
+        eager: bool = False,
+        persist: bool = True,
+        requeue_on_interrupt: bool = False,
+        tags: Mapping[str, str] | None = None,
+    ) -> F | Callable[[F], F]:
         """Makes a function a task and returns it unchanged. See `TaskConfig` for what the options mean.
 
         Raises ValueError or TaskflowError where an option cannot be.
         """
-        config = TaskConfig(**normal_options(options))
+        config = TaskConfig(
+            name=name,
+            retries=retries,
+            delay=delay,
+            backoff=backoff,
+            max_delay=max_delay,
+            jitter=jitter,
+            retry_on=(retry_on,) if isinstance(retry_on, type) else retry_on,
+            timeout=timeout,
+            queue=queue,
+            priority=priority,
+            executor=executor,
+            eager=eager,
+            persist=persist,
+            requeue_on_interrupt=requeue_on_interrupt,
+            tags=dict(tags or {}),
+        )
 
         def register(function: F) -> F:
             self.registry.add(function, config)
@@ -152,15 +210,21 @@ class TaskManager:
         queue: str | None = None,
         delay_seconds: float | None = None,
         run_at: datetime | None = None,
+        session: Session | AsyncSession | None = None,
         **kwargs: Any,
     ) -> str:
-        """Stores a task and returns its id once it is durable.
+        """Stores a task and returns its id once it is durable; with `session`, once it is part of that session's
+        transaction, which then commits or rolls back both.
 
         Raises TaskArgumentError, QueueFullError or BackendUnavailable; then nothing will run.
         """
         options = AddOptions(idempotency_key, tags, priority, queue, delay_seconds, run_at)
         draft = self.store.draft(func, args, kwargs, options)
-        await self.store.accept([draft])
+        if session is None:
+            await self.store.accept([draft])
+        else:
+            turn = Turn(now=self.clock(), instance=self.instance_id, drafts=[draft])
+            await enlist(self.backend, session, turn, committed=self.journal.wake)
         return draft.task_id
 
     async def result(self, task_id: str, timeout: float | None = None) -> Any:
@@ -188,9 +252,19 @@ class TaskManager:
         """Waits a moment for the database; one that is away does not keep the app from starting."""
         if self._housekeeping is not None:
             return
-        me = introduce(self.instance_id, "1", self._clock())
+        me = introduce(self.instance_id, "1", self.clock())
         self._housekeeping = Housekeeping(
-            self.backend, self.journal, self.dispatcher, me, clock=self._clock, runs_tasks=self.runs_tasks
+            self.backend,
+            self.journal,
+            self.dispatcher,
+            me,
+            clock=self.clock,
+            store=self.store,
+            queues=self.queues,
+            runs_tasks=self.runs_tasks,
+            requeue_pending=self.requeue_pending,
+            retention_days=self.retention_days,
+            lease_seconds=self.lease_seconds,
         )
         self.journal.start()
         self._housekeeping.start()
@@ -223,12 +297,9 @@ class TaskManager:
         await self.journal.stop()
 
 
-def normal_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as `TaskConfig` takes them: one exception class, or any sequence of them, becomes a tuple."""
-    retry_on = options.get("retry_on")
-    if isinstance(retry_on, type):
-        options["retry_on"] = (retry_on,)
-    elif isinstance(retry_on, list | set | frozenset):
-        options["retry_on"] = tuple(retry_on)
-    options["tags"] = dict(options.get("tags") or {})
-    return options
+def declared_queues(queues: Mapping[str, QueueConfig] | None, max_size: int | None) -> dict[str, QueueConfig]:
+    """Named queues, and the default one where `max_size` limits it."""
+    declared = dict(queues or {})
+    if max_size is not None:
+        declared.setdefault(DEFAULT_QUEUE, QueueConfig(max_size=max_size))
+    return declared

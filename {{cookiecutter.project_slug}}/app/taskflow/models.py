@@ -7,7 +7,7 @@ timezone-aware UTC datetimes here; storage keeps them as integer microseconds si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -84,10 +84,16 @@ class EventKind(StrEnum):
     RESCUED = "rescued"  # RUNNING -> PENDING: its process went away and the task may be started again
     REQUEUED = "requeued"  # a terminal status -> PENDING, by an operator
     LEASE_LOST = "lease_lost"  # no transition: a result that came too late was refused
+    UPDATE_QUEUE = "update_queue"  # of a queue, by an operator
+    PAUSE_QUEUE = "pause_queue"
+    RESUME_QUEUE = "resume_queue"
+    BULK_RETRY = "bulk_retry"  # of many tasks, by an operator
+    DELETE_HISTORY = "delete_history"
 
 
 ExecutorKind = Literal["async", "thread", "process"]
-RetryOn = Callable[[BaseException], bool | float] | tuple[type[BaseException], ...]
+RetryOn = Callable[[BaseException], bool | float] | Collection[type[BaseException]]
+"""Exception classes to retry, or a function that says yes, no, or after how many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +130,7 @@ class TaskConfig:
         _require(
             self.executor in (None, "async", "thread", "process"), "executor", self.executor, "async, thread or process"
         )
+        _require(is_retry_policy(self.retry_on), "retry_on", self.retry_on, "exception classes or a function")
         _require(
             self.priority is None or (isinstance(self.priority, int) and abs(self.priority) < 2**31),
             "priority",
@@ -145,6 +152,23 @@ class QueueConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueState:
+    """A queue as it is now: the limits in force, which operators may have edited, and its numbers."""
+
+    name: str
+    concurrency: int | None
+    max_size: int | None
+    paused: bool
+    reason: str | None
+    """Why it is paused, as the operator said."""
+    pending: int = 0
+    """Waiting to start now; delayed tasks and retry waits are not counted."""
+    running: int = 0
+    finished: int = 0
+    rejected: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TaskRecord:
     """One task as it stands in the database. `attempt` is the number of attempts started so far."""
 
@@ -162,7 +186,7 @@ class TaskRecord:
     end_time: datetime | None
     attempt: int
     excused: int
-    """Started attempts that do not count against `max_attempts`: an interruption, a `RetryLater`, an operator's retry."""
+    """Started attempts that do not count: ended by an interruption or `RetryLater`, or before an operator's retry."""
     max_attempts: int
     error: str | None
     stacktrace: str | None
@@ -249,6 +273,8 @@ class Cursor:
         """Raises ValueError naming the text when it is not a cursor this API gave out."""
         micros, _, task_id = text.partition("_")
         try:
+            if not task_id:
+                raise ValueError
             return cls(from_micros(int(micros)), task_id)
         except (ValueError, OverflowError):
             raise ValueError(f"before={text!r}: not a cursor of this list") from None
@@ -300,6 +326,14 @@ class ScheduledOnce:
     priority: int | None
     tags: Mapping[str, str]
     created_at: datetime
+
+
+def is_retry_policy(policy: object) -> bool:
+    if policy is None or (callable(policy) and not isinstance(policy, type)):
+        return True
+    return isinstance(policy, Collection) and all(
+        isinstance(kind, type) and issubclass(kind, BaseException) for kind in policy
+    )
 
 
 def utc_now() -> datetime:

@@ -32,7 +32,7 @@ class TaskDefinition:
     config: TaskConfig
     executor: ExecutorKind
     check: Callable[..., Call] = field(repr=False)
-    """Called like the function; returns the arguments as their annotations say, or raises ValidationError or TypeError."""
+    """Called like the function; returns the arguments as their annotations say, or raises ValidationError."""
 
     @property
     def max_attempts(self) -> int:
@@ -60,13 +60,15 @@ class TaskDefinition:
 
     def _refusal(self, error: ValidationError) -> TaskArgumentError:
         first = error.errors(include_url=False)[0]
-        place, *deeper = first["loc"] or ("",)
+        place, *deeper = list[Any](first["loc"]) or [""]
         rule = first["msg"] + (f" (at {'.'.join(map(str, deeper))})" if deeper else "")
         value = first["input"] if "missing" not in first["type"] else MISSING
-        return TaskArgumentError(self.name, self._parameter(place), value, rule)
+        parameter = self._parameter(place)
+        return TaskArgumentError(self.name, parameter, value, rule)
 
     def _first_refused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> TaskArgumentError:
-        for place, value in [*enumerate(args), *kwargs.items()]:
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in places:
             try:
                 codec.encode(value)
             except (codec.CannotStore, RecursionError) as reason:
@@ -142,14 +144,15 @@ def executor_for(function: TaskFunction, config: TaskConfig) -> ExecutorKind:
 
 
 def argument_check(function: TaskFunction) -> Callable[..., Call]:
-    """A function of the same signature and annotations that returns its arguments, converted and checked by pydantic."""
+    """A function of the same signature that returns its arguments, checked and converted as they are annotated."""
 
     @functools.wraps(function)
     def arguments(*args: Any, **kwargs: Any) -> Call:
         return args, kwargs
 
     try:
-        return validate_call(arguments, config=ConfigDict(arbitrary_types_allowed=True))
+        check: Callable[..., Call] = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(arguments)
+        return check
     except (PydanticUserError, NameError) as error:
         raise TaskflowError(f"{where(function)}: its annotations cannot be checked ({error})") from error
 

@@ -6,7 +6,7 @@ Owns the policy and nothing else: pure functions of a `TaskConfig`, the error an
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from .models import TaskConfig
 
@@ -26,7 +26,7 @@ def seconds_until_retry(
     if verdict is False:
         return None
     if verdict is not True:
-        return verdict
+        return min(verdict, LONGEST_DELAY)
     return backoff_delay(config, retries_used, uniform=uniform)
 
 
@@ -35,8 +35,8 @@ def wants_retry(config: TaskConfig, error: BaseException) -> bool | float:
     policy = config.retry_on
     if policy is None:
         return True
-    if isinstance(policy, tuple):
-        return isinstance(error, policy)
+    if isinstance(policy, Collection):
+        return isinstance(error, tuple(policy))
     verdict = policy(error)
     if isinstance(verdict, bool) or verdict is None:
         return bool(verdict)
@@ -48,10 +48,10 @@ def backoff_delay(
 ) -> float:
     """`delay * backoff ** retries_used`, at most `max_delay`; with jitter, a random time between 0 and that."""
     try:
-        seconds = config.delay * config.backoff**retries_used
+        seconds = config.delay and config.delay * config.backoff**retries_used
     except OverflowError:
-        seconds = float("inf")
-    seconds = min(seconds, config.max_delay if config.max_delay is not None else LONGEST_DELAY)
+        seconds = LONGEST_DELAY
+    seconds = min(seconds, config.max_delay or LONGEST_DELAY, LONGEST_DELAY)
     return uniform(0.0, seconds) if config.jitter else seconds
 
 

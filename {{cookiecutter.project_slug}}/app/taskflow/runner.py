@@ -9,18 +9,20 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from . import codec
 from .backends.base import Claimed, Finish
+from .cipher import Cipher, PlainText
 from .context import TaskContext, TaskSink, current
-from .errors import CancelTask, RetryLater
+from .errors import CancelTask, RetryLater, UnknownFunction, UnreadableCall
 from .executors import Call, Executor
 from .models import EventKind, TaskConfig, TaskStatus
 from .registry import TaskDefinition, TaskRegistry
 from .retry import seconds_until_retry
+from .tracing import attempt_span
 
 LARGEST_RESULT = 64 * 1024
 """Characters of JSON; a larger result is dropped with a warning in the task's log."""
@@ -37,6 +39,8 @@ class Succeeded:
 @dataclass(frozen=True, slots=True)
 class Failed:
     error: BaseException
+    final: bool = False
+    """True for what would fail the same way every time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,59 +76,64 @@ class Runner:
         executors: Mapping[str, Executor],
         sink: TaskSink,
         clock: Callable[[], datetime],
+        cipher: Cipher | None = None,
     ) -> None:
+        self.retries_wait = True
+        """False in tests: a retry is due at once."""
+        self._cipher = cipher or PlainText()
         self._registry = registry
         self._executors = executors
         self._sink = sink
         self._clock = clock
 
     def attempt(self, task: Claimed) -> Attempt:
-        return Attempt(task, TaskContext(task.task_id, task.name, task.attempt - 1, task.tags, self._sink))
+        context = TaskContext(task.task_id, task.name, task.attempt - 1, task.tags, self._sink, task.trace)
+        return Attempt(task, context)
 
     async def run(self, attempt: Attempt) -> Finish:
         """Runs the attempt to its end and says what to write. Raises nothing that the task can cause."""
         task = attempt.task
         try:
             definition = self._registry.named(task.name)
-            outcome = await self._outcome(attempt, definition)
+            with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
+                outcome = await self._outcome(attempt, definition)
             config = definition.config
-        except Exception as error:  # noqa: BLE001 - a gone function or unreadable arguments fail this task alone
-            outcome, config = Failed(error), TaskConfig()
-        return decide(task, config, outcome, self._clock())
+        except UnknownFunction as error:
+            outcome, config = Failed(error, final=True), TaskConfig()
+        finish = decide(task, config, outcome, self._clock())
+        return finish if self.retries_wait or finish.run_at is None else replace(finish, run_at=finish.at)
 
     async def _outcome(self, attempt: Attempt, definition: TaskDefinition) -> Outcome:
-        args, kwargs = definition.decode(attempt.task.arguments)
+        try:
+            arguments = self._cipher.open(attempt.task.arguments, attempt.task.task_id, attempt.task.name)
+        except ValueError as error:
+            return Failed(UnreadableCall(attempt.task.name, error), final=True)
+        call = Call(definition, arguments, attempt.context)
         executor = self._executors[definition.executor]
+        seconds = definition.config.timeout
+        limit = asyncio.timeout(seconds)
         current.set(attempt.context)
         try:
-            call = Call(definition.function, args, kwargs)
-            if definition.config.timeout is None:
+            if seconds is None:
                 value = await executor.run(call)
             else:
-                async with asyncio.timeout(definition.config.timeout):
+                async with limit:
                     value = await executor.run(call)
         except RetryLater as later:
             return Postponed(later.seconds)
         except CancelTask as cancel:
             return Cancelled(cancel.reason)
-        except asyncio.CancelledError as error:
-            return stopped(attempt) or Failed(error)
+        except UnreadableCall as error:
+            return Failed(error, final=True)
         except TimeoutError as error:
-            return stopped(attempt) or Failed(self._timed_out(attempt, definition) or error)
-        except BaseException as error:  # noqa: BLE001 - user code
+            attempt.context.cancelled = attempt.context.cancelled or limit.expired()
+            reason = TimeoutError(f"timed out after {seconds:g} s") if limit.expired() else error
+            return stopped(attempt) or Failed(reason)
+        except BaseException as error:  # noqa: BLE001 - user code, and CancelledError when the attempt is stopped
             return stopped(attempt) or Failed(error)
         finally:
             current.set(None)
         return stopped(attempt) or Succeeded(self._stored(attempt, value))
-
-    def _timed_out(self, attempt: Attempt, definition: TaskDefinition) -> TimeoutError | None:
-        """The error of an attempt whose time is up; None when the function raised a TimeoutError of its own."""
-        seconds = definition.config.timeout
-        ran = (self._clock() - attempt.task.started_at).total_seconds()
-        if seconds is None or ran < seconds:
-            return None
-        attempt.context.cancelled = True
-        return TimeoutError(f"timed out after {seconds:g} s")
 
     def _stored(self, attempt: Attempt, value: Any) -> str | None:
         if value is None:
@@ -138,7 +147,7 @@ class Runner:
             note = f"the result was not stored: {len(text)} characters, more than {LARGEST_RESULT}"
             self._sink.log(attempt.context, "warning", note, {})
             return None
-        return text
+        return self._cipher.seal(text, attempt.task.task_id, attempt.task.name)
 
 
 def stopped(attempt: Attempt) -> Outcome | None:
@@ -169,8 +178,8 @@ def decide(task: Claimed, config: TaskConfig, outcome: Outcome, now: datetime) -
             return Finish(task, EventKind.RETRYING, TaskStatus.PENDING, now, run_at=run_at, excused=True)
         case Postponed():
             return failed(task, RuntimeError(f"asked to be retried later {MOST_RETRY_LATER} times"), None, now)
-        case Failed(error):
-            return failed(task, error, retry_time(task, config, error, now), now)
+        case Failed(error, final):
+            return failed(task, error, None if final else retry_time(task, config, error, now), now)
 
 
 def retry_time(task: Claimed, config: TaskConfig, error: BaseException, now: datetime) -> datetime | None:

@@ -1,13 +1,15 @@
 """Every question and every command about tasks.
 
-Owns what "accept", "cancel", "retry" and "show" mean; the API, the pages and the command line all ask here, so that they
-agree. Questions go to the backend, commands through the journal. It keeps no task in memory: only who waits for a result.
+Owns what "accept", "cancel", "retry" and "show" mean; the API, the pages and the command line all ask here, so that
+they agree. Questions go to the backend, commands through the journal. It keeps no task in memory: only who waits for a
+result.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,17 +18,30 @@ from uuid import UUID, uuid5
 import uuid_utils
 
 from . import codec
-from .backends.base import Backend, Cancel, Draft, Finish, Requeue, TurnResult
-from .dispatcher import Dispatcher
-from .errors import TaskFailed, TaskflowError, TaskNotFound, TaskStateError
+from .backends.base import Backend, Cancel, Draft, EditQueue, Finish, Note, Purge, Requeue, TurnResult
+from .cipher import Cipher, PlainText
+from .context import CarriedContexts
+from .errors import (
+    QueueFullError,
+    QueueNotFound,
+    TaskFailed,
+    TaskflowError,
+    TaskNotFound,
+    TaskStateError,
+    UnknownFunction,
+    UnreadableCall,
+)
 from .journal import Journal
 from .models import (
     DEFAULT_QUEUE,
     RETRYABLE,
     Count,
     Cursor,
+    EventKind,
     InstanceRecord,
     LogEntry,
+    QueueConfig,
+    QueueState,
     TaskEvent,
     TaskFilter,
     TaskPage,
@@ -34,12 +49,20 @@ from .models import (
     TaskStatus,
 )
 from .registry import TaskFunction, TaskRegistry
+from .tracing import current_traceparent
+
+logger = logging.getLogger("taskflow")
 
 KEY_NAMESPACE = UUID("6f2d7c1e-3b0a-5c0e-9a53-1d5f0f6a8f11")
 """Ids of tasks with an idempotency key are uuid5 of this and "name:key": equal keys meet in one row, everywhere."""
 RESULT_POLL = 1.0
 """Seconds between looks at a task that may run in another process."""
 MOST_TAG_CHARACTERS = 256
+MOST_NOTED_IDS = 100
+RETRY_BATCH = 500
+PURGE_BATCH = 500
+MOST_UNKNOWN_QUEUES = 100
+"""Names of undeclared queues that are remembered, each warned about once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +75,18 @@ class AddOptions:
     queue: str | None = None
     delay_seconds: float | None = None
     run_at: datetime | None = None
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """What a retry of many did: old id -> new id (the same one, where a retry replaces the original)."""
+
+    new_ids: Mapping[str, str]
+    skipped: int
+
+    def __add__(self, other: Retried) -> Retried:
+        return Retried({**self.new_ids, **other.new_ids}, self.skipped + other.skipped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +105,20 @@ class TaskStore:
         registry: TaskRegistry,
         backend: Backend,
         journal: Journal,
-        dispatcher: Dispatcher,
+        carried: CarriedContexts,
         *,
         clock: Callable[[], datetime],
+        cipher: Cipher | None = None,
+        queues: Collection[str] = (),
         retry_replaces_original: bool = True,
     ) -> None:
         self._registry = registry
         self._backend = backend
         self._journal = journal
-        self._dispatcher = dispatcher
+        self._carried = carried
+        self._cipher = cipher or PlainText()
+        self._declared = {DEFAULT_QUEUE, *queues}
+        self._unknown: set[str] = set()
         self._clock = clock
         self._retry_replaces_original = retry_replaces_original
         self._awaited: dict[str, list[asyncio.Future[None]]] = {}
@@ -93,20 +133,48 @@ class TaskStore:
         definition = self._registry.of(function)
         config = definition.config
         now = self._clock()
+        task_id = self._new_id(definition.name, options.idempotency_key)
+        arguments = definition.encode(args, kwargs)
+        self._carried.keep(task_id)
         return Draft(
-            task_id=self._new_id(definition.name, options.idempotency_key),
+            task_id=task_id,
             name=definition.name,
-            queue=options.queue or config.queue or DEFAULT_QUEUE,
+            queue=self._known_queue(options.queue or config.queue or DEFAULT_QUEUE),
             priority=options.priority if options.priority is not None else config.priority,
             executor=definition.executor,
             max_attempts=definition.max_attempts,
             created_at=now,
             run_at=start_time(options, now),
-            arguments=definition.encode(args, kwargs),
+            arguments=self._cipher.seal(arguments, task_id, definition.name),
             tags=checked_tags(config.tags, options.tags),
             requeue=config.requeue_on_interrupt,
             key=options.idempotency_key,
+            trace=current_traceparent(options.traceparent),
         )
+
+    def _known_queue(self, name: str) -> str:
+        if name in self._declared or name in self._journal.queues:
+            return name
+        if name not in self._unknown and len(self._unknown) < MOST_UNKNOWN_QUEUES:
+            self._unknown.add(name)
+            logger.warning(
+                "queue %r is not declared in TaskManager(queues=...): its tasks go to %r", name, DEFAULT_QUEUE
+            )
+        return DEFAULT_QUEUE
+
+    def refusal(self, draft: Draft, siblings: Sequence[Draft]) -> QueueFullError | None:
+        """The error of a draft for whose queue the committed tasks and its own siblings leave no place.
+
+        Exact only inside the turn: another process may take the last place, then `accept` raises the same error.
+        """
+        state = self._journal.queues.get(draft.queue)
+        if state is None or state.max_size is None or draft.run_at > draft.created_at:
+            return None
+        taken = sum(other.queue == draft.queue and other.rejected_by is None for other in siblings)
+        return QueueFullError(draft.queue, state.max_size) if state.pending + taken >= state.max_size else None
+
+    def is_eager(self, function: TaskFunction) -> bool:
+        return self._registry.of(function).config.eager
 
     async def accept(self, drafts: Sequence[Draft]) -> None:
         """Returns once they are durable. Raises BackendUnavailable or QueueFullError."""
@@ -153,6 +221,10 @@ class TaskStore:
     async def counts(self) -> Sequence[Count]:
         return await self._backend.counts()
 
+    async def due(self) -> int:
+        """Tasks whose time has come but which no turn has made ready yet."""
+        return await self._backend.due(self._clock())
+
     async def instances(self) -> Sequence[InstanceRecord]:
         return await self._backend.instances()
 
@@ -179,7 +251,7 @@ class TaskStore:
             record = await self._ended(task_id)
         if record.status is not TaskStatus.SUCCESS:
             raise TaskFailed(task_id, record.status, record.error)
-        return None if record.result is None else codec.decode(record.result)
+        return self.returned(record)
 
     async def _ended(self, task_id: str) -> TaskRecord:
         loop = asyncio.get_running_loop()
@@ -219,7 +291,6 @@ class TaskStore:
             raise TaskNotFound(task_id)
         if answer.before.terminal:
             raise TaskStateError(task_id, answer.before, "cancelled")
-        self._dispatcher.cancel(task_id)
         return await self.get(task_id)
 
     async def retry(self, task_id: str, actor: str | None = None) -> TaskRecord:
@@ -255,16 +326,119 @@ class TaskStore:
             requeue=definition.config.requeue_on_interrupt,
             retry_of=record.task_id,
         )
-        await self.accept([draft])
+        await self.accept([self._resealed(draft, record)])
         return await self.get(draft.task_id)
 
+    def _resealed(self, draft: Draft, record: TaskRecord) -> Draft:
+        """The draft with the record's arguments under its own id. Raises TaskflowError when they cannot be read."""
+        try:
+            arguments = self._cipher.open(draft.arguments, record.task_id, record.func_name)
+        except ValueError as error:
+            raise UnreadableCall(record.func_name, error) from error
+        return replace(draft, arguments=self._cipher.seal(arguments, draft.task_id, draft.name))
+
+    async def retry_many(self, task_ids: Sequence[str], actor: str | None = None) -> Retried:
+        """Retries those that can be, each once; one entry in the audit."""
+        unique = list(dict.fromkeys(task_ids))
+        retried = await self._retry_each(unique)
+        await self._note_retried(actor, retried, {"task_ids": unique[:MOST_NOTED_IDS]})
+        return retried
+
+    async def retry_failed(
+        self, since: datetime | None, func_name: str | None = None, actor: str | None = None
+    ) -> Retried:
+        """Retries every FAILED task added after `since`; None is all of them."""
+        where = TaskFilter(statuses=(TaskStatus.FAILED,), since=since, func_name=func_name)
+        retried = Retried({}, 0)
+        cursor: Cursor | None = None
+        while True:
+            page = await self.page(where, cursor, RETRY_BATCH)
+            retried += await self._retry_each([task.task_id for task in page.tasks])
+            if (cursor := page.older) is None:
+                break
+        window = {"since": since.isoformat() if since else "all", "func_name": func_name}
+        await self._note_retried(actor, retried, window)
+        return retried
+
+    async def _retry_each(self, task_ids: Sequence[str]) -> Retried:
+        new_ids: dict[str, str] = {}
+        for start in range(0, len(task_ids), RETRY_BATCH):
+            batch = task_ids[start : start + RETRY_BATCH]
+            answers = await asyncio.gather(*(self._try_retry(task_id) for task_id in batch))
+            new_ids |= {old: new for old, new in zip(batch, answers, strict=True) if new is not None}
+        return Retried(new_ids, len(task_ids) - len(new_ids))
+
+    async def _try_retry(self, task_id: str) -> str | None:
+        try:
+            return (await self.retry(task_id)).task_id
+        except (TaskNotFound, TaskStateError, UnknownFunction, UnreadableCall):
+            return None
+
+    async def _note_retried(self, actor: str | None, retried: Retried, detail: Mapping[str, Any]) -> None:
+        numbers = {"dispatched": len(retried.new_ids), "skipped": retried.skipped}
+        await self._journal.obey(Note(EventKind.BULK_RETRY, actor, {**detail, **numbers}))
+
+    async def delete_history(self, before: datetime, actor: str | None = None) -> int:
+        """Deletes what ended before that time, a batch at a time; says how many tasks. One entry in the audit."""
+        deleted = await self.prune(before)
+        await self._journal.obey(
+            Note(EventKind.DELETE_HISTORY, actor, {"before": before.isoformat(), "deleted": deleted})
+        )
+        return deleted
+
+    async def prune(self, before: datetime) -> int:
+        """Deletes what ended before that time. Other writes go on between the batches."""
+        deleted = 0
+        while batch := (await self._journal.obey(Purge(before, PURGE_BATCH))).changed:
+            deleted += batch
+        return deleted
+
+    # -- queues
+
+    async def queues(self) -> Sequence[QueueState]:
+        return await self._backend.queues()
+
+    async def edit_queue(
+        self, name: str, changes: Mapping[str, int | None], actor: str | None = None, note: str | None = None
+    ) -> QueueState:
+        """Sets `concurrency` and `max_size` (None: unlimited), at once and for all instances.
+
+        Raises QueueNotFound, and ValueError for a limit below 1.
+        """
+        QueueConfig(**changes)
+        return await self._change_queue(name, EventKind.UPDATE_QUEUE, changes, actor, note)
+
+    async def pause_queue(self, name: str, actor: str | None = None, reason: str | None = None) -> QueueState:
+        """Starts nothing more of it; what runs goes on. Raises QueueNotFound."""
+        return await self._change_queue(name, EventKind.PAUSE_QUEUE, {"paused": True, "reason": reason}, actor, reason)
+
+    async def resume_queue(self, name: str, actor: str | None = None) -> QueueState:
+        """Raises QueueNotFound."""
+        return await self._change_queue(name, EventKind.RESUME_QUEUE, {"paused": False, "reason": None}, actor, None)
+
+    async def _change_queue(
+        self,
+        name: str,
+        kind: EventKind,
+        changes: Mapping[str, int | bool | str | None],
+        actor: str | None,
+        note: str | None,
+    ) -> QueueState:
+        if name not in self._declared and name not in {state.name for state in await self.queues()}:
+            raise QueueNotFound(name)
+        await self._journal.obey(EditQueue(name, kind, changes, actor, note))
+        return next(state for state in await self.queues() if state.name == name)
+
     def arguments(self, record: TaskRecord) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The stored call of a record, as plain values. Raises ValueError when it cannot be read."""
+        """The stored call of a record, as plain values. Raises ValueError when it cannot be read, or is encrypted:
+        what was sealed is for the task alone."""
         return codec.decode_call(record.arguments or "[[],{}]")
 
     def returned(self, record: TaskRecord) -> Any:
         """What the task of a record returned; None while there is nothing. Raises ValueError when it cannot be read."""
-        return None if record.result is None else codec.decode(record.result)
+        if record.result is None:
+            return None
+        return codec.decode(self._cipher.open(record.result, record.task_id, record.func_name))
 
 
 def start_time(options: AddOptions, now: datetime) -> datetime:
@@ -289,5 +463,3 @@ def checked_tags(defaults: Mapping[str, str], tags: Mapping[str, str] | None) ->
         if len(key) > MOST_TAG_CHARACTERS or len(value) > MOST_TAG_CHARACTERS:
             raise TaskflowError(f"tags: {key[:40]!r}: keys and values hold at most {MOST_TAG_CHARACTERS} characters")
     return merged
-
-

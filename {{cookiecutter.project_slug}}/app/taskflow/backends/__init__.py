@@ -26,9 +26,7 @@ def open_backend(location: str | None) -> Backend:
 
             return SqliteBackend(url)
         case scheme:
-            raise TaskflowError(
-                f"{url.render_as_string()}: no backend for {scheme!r}, only for {', '.join(SCHEMES)}"
-            )
+            raise TaskflowError(f"{url.render_as_string()}: no backend for {scheme!r}, only for {', '.join(SCHEMES)}")
 
 
 def parse_location(location: str | None) -> URL:

@@ -18,6 +18,8 @@ from ..models import (
     EventKind,
     InstanceRecord,
     LogEntry,
+    QueueConfig,
+    QueueState,
     TaskEvent,
     TaskFilter,
     TaskPage,
@@ -46,6 +48,8 @@ class Draft:
     key: str | None = None
     retry_of: str | None = None
     trace: str | None = None
+    rejected_by: int | None = None
+    """The max_size of the queue that was full when the task was added: stored as REJECTED, to be seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,42 @@ class Rescue:
     instances: Sequence[str]
 
 
-Command = Cancel | Requeue | Rescue
+@dataclass(frozen=True, slots=True)
+class DeclareQueues:
+    """The queues that the code declares. An operator's edit stays until the code declares something else."""
+
+    queues: Mapping[str, QueueConfig]
+
+
+@dataclass(frozen=True, slots=True)
+class EditQueue:
+    """Change some of a queue's columns: `concurrency`, `max_size`, `paused`, `reason`."""
+
+    name: str
+    kind: EventKind
+    changes: Mapping[str, int | bool | str | None]
+    actor: str | None
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Purge:
+    """Delete up to `limit` tasks that ended before a time, with their events and log lines."""
+
+    before: datetime
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Record what an operator did that is not about one task."""
+
+    kind: EventKind
+    actor: str | None
+    detail: Mapping[str, Any]
+
+
+Command = Cancel | Requeue | Rescue | DeclareQueues | EditQueue | Purge | Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +182,15 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What this instance can start now: names by executor, and free slots of executors and queues.
+    """What this instance can start now: names by executor, and free slots of executors.
 
-    A name that is not listed is never claimed. A queue that is not listed has no limit of its own.
+    A name that is not listed is never claimed. What a queue allows is in the database.
     """
 
     names: Mapping[str, str]
     """Task name -> executor kind."""
     slots: Mapping[str, int]
     """Executor kind -> free slots."""
-    queues: Mapping[str, int] = field(default_factory=dict)
-    """Queue -> free slots."""
-
-    @property
-    def total(self) -> int:
-        return sum(self.slots.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +220,14 @@ class TurnResult:
     """Finishes whose lease was lost: not written."""
     answers: Sequence[Answer] = ()
     claimed: Sequence[Claimed] = ()
+    stopping: Sequence[str] = ()
+    """Tasks of this instance that a command of this turn asked to stop."""
     more: bool = False
     """True when tasks may be waiting that this turn did not claim although slots are free."""
     next_due: datetime | None = None
     """When the next waiting task becomes due."""
+    queues: Mapping[str, QueueState] = field(default_factory=dict)
+    """Queues that have limits, with `pending` as this turn left it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +255,10 @@ class Beat:
 
 class Backend(Protocol):
     """Storage of tasks. Every method raises `BackendUnavailable` when the database does not answer in time."""
+
+    @property
+    def name(self) -> str:
+        """Where it stores, for people: no password."""
 
     async def open(self) -> None:
         """Connect and bring the schema up. Callable again after a failure."""
@@ -250,6 +291,12 @@ class Backend(Protocol):
     async def logs(self, task_id: str, after: int, limit: int) -> Sequence[LogEntry]: ...
 
     async def counts(self) -> Sequence[Count]: ...
+
+    async def queues(self) -> Sequence[QueueState]:
+        """Every queue that is declared, was edited, or has tasks; by name."""
+
+    async def due(self, now: datetime) -> int:
+        """Delayed tasks whose time has come; bounded by what one turn makes ready."""
 
     async def instances(self) -> Sequence[InstanceRecord]: ...
 

@@ -59,6 +59,11 @@ def indexed_conditions(where: TaskFilter, before: Cursor | None) -> list[sa.Colu
     return conditions
 
 
+def has_tag(key: str, value: str) -> Callable[[Any], sa.ColumnElement[bool]]:
+    pair = json.dumps({key: value})[1:-1]
+    return lambda columns: columns.tags.contains(pair, autoescape=True)
+
+
 def scanned_conditions(where: TaskFilter, statuses: int) -> list[Callable[[Any], sa.ColumnElement[bool]]]:
     conditions: list[Callable[[Any], sa.ColumnElement[bool]]] = []
     if where.func_name is not None and statuses:
@@ -68,8 +73,7 @@ def scanned_conditions(where: TaskFilter, statuses: int) -> list[Callable[[Any],
     if where.source is not None:
         conditions.append(lambda c: c.source == where.source)
     for key, value in where.tags:
-        pair = json.dumps({key: value})[1:-1]
-        conditions.append(lambda c, pair=pair: c.tags.contains(pair, autoescape=True))
+        conditions.append(has_tag(key, value))
     if where.text is not None:
         text = where.text
         conditions.append(

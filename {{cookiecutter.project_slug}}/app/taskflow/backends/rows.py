@@ -6,7 +6,7 @@ Owns the conversions that the SQL modules share. Nothing here touches a connecti
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -47,7 +47,7 @@ def loads_object(text: str | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def claimed_of(cells: tuple[Any, ...], started_at: datetime) -> Claimed:
+def claimed_of(cells: Sequence[Any], started_at: datetime) -> Claimed:
     """From the cells of `statements.CLAIMED_COLUMNS`."""
     task_id, name, queue, executor, attempt, excused, max_attempts, arguments, tags, requeue, trace = cells
     return Claimed(

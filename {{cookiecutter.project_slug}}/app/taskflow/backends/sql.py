@@ -11,11 +11,12 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.engine import URL, Connection, Engine, Row
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeoutError
 
@@ -26,6 +27,7 @@ from ..models import (
     Cursor,
     InstanceRecord,
     LogEntry,
+    QueueState,
     TaskEvent,
     TaskFilter,
     TaskPage,
@@ -38,9 +40,9 @@ from . import tables
 from .base import Beat, Instance, Turn, TurnResult
 from .pages import page_statement
 from .rows import loads_object, record_of
-from .statements import Statements
+from .statements import STAGE_BATCH, Statements, has_status
 from .tables import counter, event, log, task
-from .turn import TurnWriter
+from .turn import QueueBook, TurnWriter
 
 T = TypeVar("T")
 
@@ -54,6 +56,7 @@ class SqlBackend:
         self._reading = ThreadPoolExecutor(readers, thread_name_prefix="taskflow-reader") if readers else self._writing
         self._write_engine, self._read_engine = self.create_engines()
         self._statements = Statements(self)
+        self._book = QueueBook()
         self._turns = 0
 
     # -- what a dialect decides
@@ -75,6 +78,10 @@ class SqlBackend:
         raise NotImplementedError
 
     # -- lifecycle
+
+    @property
+    def name(self) -> str:
+        return self.url.render_as_string()
 
     async def open(self) -> None:
         await self._in(self._writing, self._migrate)
@@ -106,9 +113,13 @@ class SqlBackend:
 
     def _turn(self, turn: Turn) -> TurnResult:
         self._turns += 1
-        with self._write_engine.begin() as connection, self._driver_errors():
-            cursor = connection.connection.cursor()
-            return TurnWriter(connection, cursor, self._statements, turn).write(rotation=self._turns)
+        try:
+            with self._write_engine.begin() as connection, self._driver_errors():
+                cursor = connection.connection.cursor()
+                return TurnWriter(connection, cursor, self._statements, self._book, turn).write(rotation=self._turns)
+        except BaseException:
+            self._book = QueueBook()  # what it read may have been rolled back
+            raise
 
     @contextmanager
     def _driver_errors(self) -> Iterator[None]:
@@ -118,6 +129,12 @@ class SqlBackend:
             yield
         except driver.Error as error:
             raise DBAPIError.instance(None, None, error, driver.Error, dialect=self._write_engine.dialect) from error
+
+    def enlist(self, connection: Connection, turn: Turn) -> TurnResult:
+        """Writes drafts on a connection of the caller's, as part of the caller's transaction."""
+        with self._driver_errors():
+            cursor = connection.connection.cursor()
+            return TurnWriter(connection, cursor, self._statements, QueueBook(), turn).write(rotation=0)
 
     # -- instances
 
@@ -216,9 +233,7 @@ class SqlBackend:
         return await self._read(lambda connection: connection.execute(newest).scalar()) or 0
 
     async def logs(self, task_id: str, after: int, limit: int) -> Sequence[LogEntry]:
-        statement = (
-            sa.select(log).where(log.c.task_id == task_id, log.c.seq > after).order_by(log.c.seq).limit(limit)
-        )
+        statement = sa.select(log).where(log.c.task_id == task_id, log.c.seq > after).order_by(log.c.seq).limit(limit)
         rows = await self._read(lambda connection: connection.execute(statement).all())
         return [
             LogEntry(
@@ -236,25 +251,28 @@ class SqlBackend:
     async def counts(self) -> Sequence[Count]:
         statement = sa.select(counter).where(counter.c.n > 0)
         rows = await self._read(lambda connection: connection.execute(statement).all())
-        delayed = {(row.queue, row.name): row.n for row in rows if row.status == DELAYED}
-        found = {(row.queue, row.name, row.status): row for row in rows if row.status != DELAYED}
-        for queue, name in delayed:
-            found.setdefault((queue, name, TaskStatus.PENDING), None)
-        return [
-            Count(
-                queue=queue,
-                name=name,
-                status=TaskStatus(status),
-                n=(row.n if row else 0) + waiting,
-                seconds=row.micros / 1e6 if row else 0.0,
-                delayed=waiting,
-            )
-            for (queue, name, status), row in found.items()
-            for waiting in (delayed.get((queue, name), 0) if status == TaskStatus.PENDING else 0,)
-        ]
+        return merged_counts([(row.queue, row.name, row.status, row.n, row.micros) for row in rows])
+
+    async def queues(self) -> Sequence[QueueState]:
+        declared = sa.select(tables.queue)
+        rows = await self._read(lambda connection: connection.execute(declared).all())
+        states = {
+            row.name: QueueState(row.name, row.concurrency, row.max_size, bool(row.paused), row.reason) for row in rows
+        }
+        for count in await self.counts():
+            state = states.setdefault(count.queue, QueueState(count.queue, None, None, False, None))
+            states[count.queue] = counted(state, count)
+        return [states[name] for name in sorted(states)]
+
+    async def due(self, now: datetime) -> int:
+        ahead = sa.select(task.c.task_id).where(has_status(DELAYED), task.c.run_at <= to_micros(now)).limit(STAGE_BATCH)
+        number = sa.select(sa.func.count()).select_from(ahead.subquery())
+        return await self._read(lambda connection: connection.execute(number).scalar()) or 0
 
     async def instances(self) -> Sequence[InstanceRecord]:
-        statement = sa.select(tables.instance).order_by(tables.instance.c.started_at.desc())
+        """Those that hold a lease, or whose lease lapsed; not those that signed off."""
+        there = sa.select(tables.instance).where(tables.instance.c.lease_until > 0)
+        statement = there.order_by(tables.instance.c.started_at.desc())
         rows = await self._read(lambda connection: connection.execute(statement).all())
         return [
             InstanceRecord(
@@ -295,6 +313,31 @@ class SqlBackend:
                 return function(*args)
 
         return await asyncio.get_running_loop().run_in_executor(pool, call)
+
+
+def merged_counts(rows: Sequence[tuple[str, str, str, int, int]]) -> Sequence[Count]:
+    """Delayed tasks are pending ones to everybody but the claim."""
+    found: dict[tuple[str, str, TaskStatus], Count] = {}
+    for queue, name, stored, n, micros in rows:
+        status = TaskStatus.PENDING if stored == DELAYED else TaskStatus(stored)
+        count = found.get((queue, name, status), Count(queue, name, status, 0, 0.0))
+        delayed = n if stored == DELAYED else 0
+        found[queue, name, status] = replace(
+            count, n=count.n + n, seconds=count.seconds + micros / 1e6, delayed=count.delayed + delayed
+        )
+    return list(found.values())
+
+
+def counted(state: QueueState, count: Count) -> QueueState:
+    match count.status:
+        case TaskStatus.PENDING:
+            return replace(state, pending=state.pending + count.n - count.delayed)
+        case TaskStatus.RUNNING:
+            return replace(state, running=state.running + count.n)
+        case TaskStatus.REJECTED:
+            return replace(state, rejected=state.rejected + count.n)
+        case _:
+            return replace(state, finished=state.finished + count.n)
 
 
 class translated:  # noqa: N801 - a context manager, named as it reads

@@ -50,7 +50,10 @@ class SqliteBackend(SqlBackend):
 
     def _engine(self, pool: type[QueuePool] | type[StaticPool], *, reads_only: bool = False) -> Engine:
         engine = sa.create_engine(
-            self.url, poolclass=pool, paramstyle="named", connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False}
+            self.url,
+            poolclass=pool,
+            paramstyle="named",
+            connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False},
         )
         sa.event.listen(engine, "connect", prepare_connection)
         sa.event.listen(engine, "begin", begin_read if reads_only else begin_write)

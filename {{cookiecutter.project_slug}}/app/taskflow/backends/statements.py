@@ -7,14 +7,14 @@ hundreds of changes are one statement, and while it runs Python is free. They ru
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import sqlalchemy as sa
 
 from ..models import DELAYED, TaskStatus
 from . import tables
-from .tables import counter, event, log, rank, task
+from .tables import counter, event, log, queue, rank, task
 
 STAGE_BATCH = 1_000
 RESCUE_BATCH = 500
@@ -60,11 +60,11 @@ LOG_COLUMNS = ("task_id", "at", "level", "attempt", "message", "extra")
 class Cursor(Protocol):
     """The driver's cursor, as far as it is needed here."""
 
-    def execute(self, sql: str, parameters: Mapping[str, Any]) -> object: ...
+    def execute(self, operation: Any, parameters: Any = None, /) -> Any: ...
 
-    def fetchone(self) -> tuple[Any, ...] | None: ...
+    def fetchone(self) -> Any | None: ...
 
-    def fetchall(self) -> list[tuple[Any, ...]]: ...
+    def fetchall(self) -> Sequence[Any]: ...
 
 
 class Dialect(Protocol):
@@ -98,7 +98,8 @@ class Prepared:
 
 def has_status(status: str) -> sa.ColumnElement[bool]:
     """As a literal, because a partial index is only used where the statement itself shows its condition."""
-    return task.c.status == sa.literal_column(f"'{status}'")
+    found: sa.ColumnElement[bool] = task.c.status == sa.literal_column(f"'{status}'")
+    return found
 
 
 def fence(rows: sa.Subquery) -> tuple[sa.ColumnElement[bool], ...]:
@@ -121,7 +122,12 @@ class Statements:
         self._build_turn()
         self._build_claim()
         self._build_logbook()
+        self._build_purge()
         self._build_liveness()
+
+    def insert(self, table: sa.Table) -> Any:
+        """The dialect's INSERT, which knows ON CONFLICT."""
+        return self._database.insert(table)
 
     def _prepare(self, statement: sa.Executable) -> Prepared:
         return Prepared(statement, self._database.dialect)
@@ -197,10 +203,13 @@ class Statements:
             .values(status=TaskStatus.PENDING)
             .returning(task.c.queue, task.c.name)
         )
-        self.waiting = self._prepare(
-            sa.select(counter.c.queue, counter.c.name, counter.c.n).where(
-                counter.c.status == TaskStatus.PENDING, counter.c.n > 0
-            )
+        live = counter.c.status.in_([sa.literal_column("'pending'"), sa.literal_column("'running'")])
+        self.levels = self._prepare(
+            sa.select(counter.c.queue, counter.c.name, counter.c.status, counter.c.n).where(live, counter.c.n > 0)
+        )
+        self.queue_version = self._prepare(sa.select(sa.func.max(queue.c.version)))
+        self.queues = self._prepare(
+            sa.select(queue.c.name, queue.c.concurrency, queue.c.max_size, queue.c.paused, queue.c.reason)
         )
         ready = (
             sa.select(task.c.task_id, task.c.name)
@@ -247,6 +256,26 @@ class Statements:
         self.progress = self._prepare(
             task.update().where(task.c.task_id == told.c.task_id, *fence(told)).values(progress=told.c.progress)
         )
+
+    def _build_purge(self) -> None:
+        """Deleting what ended long ago: oldest first along the index of its status, a limited number at a time."""
+        old = (
+            sa.select(task.c.task_id)
+            .where(
+                task.c.status == sa.bindparam("status"),
+                task.c.created_at < sa.bindparam("before"),
+                sa.func.coalesce(task.c.finished_at, task.c.created_at) < sa.bindparam("before"),
+            )
+            .order_by(task.c.created_at)
+            .limit(sa.bindparam("most"))
+        )
+        self.purge = self._prepare(
+            task.delete()
+            .where(task.c.task_id.in_(old))
+            .returning(task.c.task_id, task.c.queue, task.c.name, task.c.started_at, task.c.finished_at)
+        )
+        self.purge_events = self._prepare(event.delete().where(event.c.task_id.in_(self._ids())))
+        self.purge_logs = self._prepare(log.delete().where(log.c.task_id.in_(self._ids())))
 
     def _build_liveness(self) -> None:
         """Who is alive, what the dead left, who was asked to stop: asked seldom, so on SQLAlchemy's connection."""

@@ -7,6 +7,8 @@ microseconds since the epoch, JSON is text: both sort and copy the same on every
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import BigInteger, Index, Integer, MetaData, Text, func, literal_column, text
 from sqlmodel import Field, SQLModel
 
@@ -56,9 +58,9 @@ class EventRow(Row, table=True):
     """The append-only history of all tasks: timeline, audit trail and the live stream's cursor."""
 
     __tablename__ = "taskflow_event"
-    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012 - SQLAlchemy's own convention
+    __table_args__ = {"sqlite_autoincrement": True}
 
-    seq: int | None = Field(default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite"))  # type: ignore[call-overload]
+    seq: int | None = Field(default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite"))
     task_id: str
     at: int = Field(sa_type=BigInteger)
     kind: str
@@ -70,9 +72,9 @@ class EventRow(Row, table=True):
 
 class LogRow(Row, table=True):
     __tablename__ = "taskflow_log"
-    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
+    __table_args__ = {"sqlite_autoincrement": True}
 
-    seq: int | None = Field(default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite"))  # type: ignore[call-overload]
+    seq: int | None = Field(default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite"))
     task_id: str
     at: int = Field(sa_type=BigInteger)
     level: str
@@ -92,6 +94,21 @@ class CounterRow(Row, table=True):
     n: int = Field(default=0, sa_type=BigInteger)
     micros: int = Field(default=0, sa_type=BigInteger)
     """Microseconds that the counted tasks ran."""
+
+
+class QueueRow(Row, table=True):
+    """Limits of named queues. `declared` is what the code said when the limits were last taken from it."""
+
+    __tablename__ = "taskflow_queue"
+
+    name: str = Field(primary_key=True)
+    concurrency: int | None = None
+    max_size: int | None = None
+    paused: bool = False
+    reason: str | None = None
+    declared: str | None = None
+    version: int = Field(index=True)
+    """Higher than any before it, with every change: tells instances that what they remember is old."""
 
 
 class InstanceRow(Row, table=True):
@@ -122,6 +139,7 @@ task = TaskRow.__table__  # type: ignore[attr-defined]
 event = EventRow.__table__  # type: ignore[attr-defined]
 log = LogRow.__table__  # type: ignore[attr-defined]
 counter = CounterRow.__table__  # type: ignore[attr-defined]
+queue = QueueRow.__table__  # type: ignore[attr-defined]
 instance = InstanceRow.__table__  # type: ignore[attr-defined]
 schema_version = SchemaRow.__table__  # type: ignore[attr-defined]
 
@@ -129,7 +147,7 @@ rank = func.coalesce(task.c.priority, literal_column("0"))
 """What the claim sorts by. The zero is a literal: an index on an expression is only used for the same expression."""
 
 
-def _only(status: str) -> dict[str, object]:
+def _only(status: str) -> dict[str, Any]:
     condition = text(f"status = '{status}'")
     return {"sqlite_where": condition, "postgresql_where": condition}
 

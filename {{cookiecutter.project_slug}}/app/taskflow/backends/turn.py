@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
-from ..models import DELAYED, RETRYABLE, EventKind, TaskStatus, from_micros, to_micros
+from ..models import DELAYED, RETRYABLE, EventKind, QueueConfig, QueueState, TaskStatus, from_micros, to_micros
 from .base import (
     Answer,
     Cancel,
     Claimed,
     Command,
+    DeclareQueues,
     Demand,
     Draft,
+    EditQueue,
     Finish,
     LogLine,
+    Note,
     Progress,
+    Purge,
     Requeue,
     Rescue,
     Turn,
@@ -34,6 +39,7 @@ from .base import (
 )
 from .rows import claimed_of, dumps_object, first_claim, micros, status_of, stored_status
 from .statements import Cursor, Prepared, Statements
+from .tables import queue as queue_table
 from .tables import task
 
 CLAIM_BATCH = 250
@@ -42,41 +48,106 @@ CRASH_BUDGET = 3
 """Processes that may die while running one task before it is failed as `crash_loop`."""
 
 
-class Room:
-    """What may still be claimed in this turn: free slots of executors and of queues, counted down."""
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What became of a turn's drafts."""
 
-    def __init__(self, demand: Demand) -> None:
+    existing: frozenset[str] = frozenset()
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    started: Sequence[Claimed] = ()
+
+
+class QueueBook:
+    """The queues' limits, remembered between turns and read again when their version has changed."""
+
+    def __init__(self) -> None:
+        self._version: int | None = None
+        self.queues: Mapping[str, QueueState] = {}
+
+    def refresh(self, cursor: Cursor, statements: Statements) -> None:
+        row = statements.queue_version.run(cursor).fetchone()
+        version = row[0] if row else None
+        if version != self._version:
+            rows = statements.queues.run(cursor).fetchall()
+            self.queues = {
+                name: QueueState(name, concurrency, max_size, bool(paused), reason)
+                for name, concurrency, max_size, paused, reason in rows
+            }
+            self._version = version
+
+
+class Levels:
+    """How many tasks are ready and running, by queue and name; kept up to date while a turn changes them."""
+
+    def __init__(self, rows: Iterable[tuple[str, str, str, int]] = ()) -> None:
+        self._names: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.pending: Counter[str] = Counter()
+        self.running: Counter[str] = Counter()
+        for queue, name, status, n in rows:
+            self.add(queue, name, status, n)
+
+    def add(self, queue: str, name: str, status: str, n: int) -> None:
+        if status == TaskStatus.PENDING:
+            self._names[queue][name] += n
+            self.pending[queue] += n
+        elif status == TaskStatus.RUNNING:
+            self.running[queue] += n
+
+    def waiting(self, queue: str) -> set[str]:
+        """Names of which tasks are ready in that queue."""
+        return {name for name, n in self._names[queue].items() if n > 0}
+
+    def queues(self) -> list[str]:
+        return sorted(queue for queue, n in self.pending.items() if n > 0)
+
+
+class Room:
+    """What may still be claimed in this turn: free slots of executors, and what each queue allows, counted down."""
+
+    def __init__(self, demand: Demand, queues: Mapping[str, QueueState], levels: Levels) -> None:
         self._names = demand.names
         self._slots = {kind: free for kind, free in demand.slots.items() if free > 0}
-        self._queues = dict(demand.queues)
+        self._queues = queues
+        self._running = Counter(levels.running)
 
     def startable(self, names: Collection[str]) -> set[str]:
         """Those names that this instance knows and has a slot for."""
         return {name for name in names if self._names.get(name) in self._slots}
 
     def free(self, queue: str) -> int:
-        return max(0, min(sum(self._slots.values()), self._queues.get(queue, CLAIM_BATCH), CLAIM_BATCH))
+        return max(0, min(sum(self._slots.values()), self._allowed(queue), CLAIM_BATCH))
 
     def take(self, queue: str, name: str) -> bool:
         """One slot for a task of that name, if there is one."""
         kind = self._names.get(name, "")
-        if self.free(queue) == 0 or kind not in self._slots:
+        if kind not in self._slots or self._allowed(queue) <= 0:
             return False
         self._slots[kind] -= 1
         if self._slots[kind] == 0:
             del self._slots[kind]
-        if queue in self._queues:
-            self._queues[queue] -= 1
+        self._running[queue] += 1
         return True
+
+    def _allowed(self, queue: str) -> int:
+        """How many more of this queue's tasks may run, on all instances together."""
+        state = self._queues.get(queue)
+        if state is None or (state.concurrency is None and not state.paused):
+            return CLAIM_BATCH
+        return 0 if state.paused else (state.concurrency or 0) - self._running[queue]
 
 
 class TurnWriter:
-    def __init__(self, connection: Connection, cursor: Cursor, statements: Statements, turn: Turn) -> None:
+    def __init__(
+        self, connection: Connection, cursor: Cursor, statements: Statements, book: QueueBook, turn: Turn
+    ) -> None:
         self._connection = connection
         self._cursor = cursor
         self._sql = statements
+        self._book = book
         self._turn = turn
         self._at = to_micros(turn.now)
+        self._levels = Levels()
+        self._stopping: list[str] = []
         self._events: list[Sequence[Any]] = []
         self._counts: Counter[tuple[str, str, str]] = Counter()
         self._micros: Counter[tuple[str, str, str]] = Counter()
@@ -84,14 +155,15 @@ class TurnWriter:
     def write(self, rotation: int) -> TurnResult:
         """`rotation` changes from turn to turn, and with it the queue that is served first."""
         turn = self._turn
-        room = Room(turn.demand) if turn.demand else None
+        self._levels = Levels(self._sql.levels.run(self._cursor).fetchall())
         refused = self._record(turn.finishes) if turn.finishes else frozenset()
-        next_due = self._stage()  # before the arrivals: they must not overtake what has become due
-        started: list[Claimed] = []
-        existing = self._admit(turn.drafts, room, started) if turn.drafts else frozenset()
         answers = [self._obey(command) for command in turn.commands]
+        self._book.refresh(self._cursor, self._sql)
+        room = Room(turn.demand, self._book.queues, self._levels) if turn.demand else None
+        admitted = self._admit(turn.drafts, room) if turn.drafts else Admitted()
+        next_due = self._stage() if room else None
         claimed, more = self._claim(room, rotation) if room else ([], False)
-        claimed = started + claimed
+        claimed = [*admitted.started, *claimed]
         if turn.held is not None:
             claimed += self._orphans(turn.held, {item.task_id for item in claimed})
         self._write_logs(turn.logs)
@@ -99,13 +171,19 @@ class TurnWriter:
         self._bulk(self._sql.events, self._events)
         self._write_counts()
         return TurnResult(
-            existing=existing,
+            existing=admitted.existing,
+            rejected=admitted.rejected,
             refused=refused,
             answers=answers,
             claimed=claimed,
+            stopping=self._stopping,
             more=more,
-            next_due=self._earliest(next_due, turn.drafts),
+            next_due=next_due,
+            queues=self._queues_now(),
         )
+
+    def _queues_now(self) -> Mapping[str, QueueState]:
+        return {name: replace(state, pending=self._levels.pending[name]) for name, state in self._book.queues.items()}
 
     # -- record
 
@@ -142,36 +220,71 @@ class TurnWriter:
 
     # -- admit
 
-    def _admit(self, drafts: Sequence[Draft], room: Room | None, started: list[Claimed]) -> frozenset[str]:
-        """Stores the drafts; those for which there is a slot at once are stored as running and appended to `started`."""
+    def _admit(self, drafts: Sequence[Draft], room: Room | None) -> Admitted:
+        """Stores the drafts. Those for which there is a slot at once are stored as running, those for which their
+        queue has no place are stored as rejected."""
         unique = {draft.task_id: draft for draft in drafts}
         at_once = self._startable(unique.values(), room) if room else frozenset()
-        status = {
-            task_id: TaskStatus.RUNNING
-            if task_id in at_once
-            else stored_status(TaskStatus.PENDING, draft.run_at, self._turn.now)
-            for task_id, draft in unique.items()
-        }
+        status: dict[str, str] = dict.fromkeys(at_once, TaskStatus.RUNNING)
+        status |= self._waiting_status([draft for draft in unique.values() if draft.task_id not in at_once])
         rows = [self._draft_row(draft, status[task_id]) for task_id, draft in unique.items()]
         written = {task_id for (task_id,) in self._sql.admit.run_rows(self._cursor, rows).fetchall()}
-        for task_id, draft in unique.items():
-            if task_id in written:
-                self._event(EventKind.ACCEPTED, task_id, at=to_micros(draft.created_at))
-                self._move(draft.queue, draft.name, None, status[task_id])
-                if task_id in at_once:
-                    self._event(EventKind.STARTED, task_id, 1)
-                    started.append(first_claim(draft, self._turn.now))
+        for task_id in unique.keys() & written:
+            self._admitted(unique[task_id], status[task_id])
         existing = unique.keys() - written
         if existing:
             self._rearm([unique[task_id] for task_id in existing])
-        return frozenset(existing)
+        return Admitted(
+            existing=frozenset(existing),
+            rejected={
+                task_id: self._max_size(unique[task_id])
+                for task_id in written
+                if status[task_id] == TaskStatus.REJECTED
+            },
+            started=[
+                first_claim(draft, self._turn.now)
+                for task_id, draft in unique.items()
+                if task_id in at_once and task_id in written
+            ],
+        )
+
+    def _admitted(self, draft: Draft, status: str) -> None:
+        rejected = status == TaskStatus.REJECTED
+        kind = EventKind.REJECTED if rejected else EventKind.ACCEPTED
+        self._event(kind, draft.task_id, at=to_micros(draft.created_at))
+        if status == TaskStatus.RUNNING:
+            self._event(EventKind.STARTED, draft.task_id, 1)
+        self._move(draft.queue, draft.name, None, status)
 
     def _startable(self, drafts: Collection[Draft], room: Room) -> frozenset[str]:
         """Drafts that would be claimed in this very turn: nothing waits before them in their queue."""
-        waiting = self._waiting()
-        due = [draft for draft in drafts if draft.queue not in waiting and draft.run_at <= self._turn.now]
+        due = [draft for draft in drafts if self._is_due(draft) and not self._levels.pending[draft.queue]]
         due.sort(key=lambda draft: (-(draft.priority or 0), draft.run_at, draft.task_id))
         return frozenset(draft.task_id for draft in due if room.take(draft.queue, draft.name))
+
+    def _waiting_status(self, drafts: Sequence[Draft]) -> dict[str, str]:
+        """Pending, delayed, or rejected where the queue already holds its `max_size` of ready tasks."""
+        status: dict[str, str] = {}
+        ready = Counter(self._levels.pending)
+        for draft in drafts:
+            state = self._book.queues.get(draft.queue)
+            if draft.rejected_by is not None:
+                status[draft.task_id] = TaskStatus.REJECTED
+            elif not self._is_due(draft):
+                status[draft.task_id] = stored_status(TaskStatus.PENDING, draft.run_at, self._turn.now)
+            elif state and state.max_size is not None and ready[draft.queue] >= state.max_size:
+                status[draft.task_id] = TaskStatus.REJECTED
+            else:
+                status[draft.task_id] = TaskStatus.PENDING
+                ready[draft.queue] += 1
+        return status
+
+    def _is_due(self, draft: Draft) -> bool:
+        return draft.run_at <= self._turn.now and draft.rejected_by is None
+
+    def _max_size(self, draft: Draft) -> int:
+        state = self._book.queues.get(draft.queue)
+        return draft.rejected_by or (state.max_size if state and state.max_size else 0)
 
     def _draft_row(self, draft: Draft, status: str) -> Sequence[Any]:
         """In the order of DRAFT_COLUMNS."""
@@ -216,6 +329,15 @@ class TurnWriter:
                 return self._retry(task_id, max_attempts, actor)
             case Rescue(instances):
                 return self._rescue(instances)
+            case DeclareQueues(queues):
+                return self._declare_queues(queues)
+            case EditQueue(name, kind, changes, actor, note):
+                return self._edit_queue(name, kind, changes, actor, note)
+            case Purge(before, limit):
+                return self._purge(to_micros(before), limit)
+            case Note(kind, actor, detail):
+                self._event(kind, "", actor=actor or "", detail=json.dumps(detail))
+                return Answer(changed=1)
 
     def _cancel(self, task_id: str, actor: str | None) -> Answer:
         row = self._row(task_id)
@@ -229,6 +351,8 @@ class TurnWriter:
             self._count_time(row, TaskStatus.CANCELLED, self._at)
         elif status is TaskStatus.RUNNING:
             self._update(task_id, cancel_requested=True)
+            if row.instance == self._turn.instance:
+                self._stopping.append(task_id)
             self._event(EventKind.CANCEL_REQUESTED, task_id, row.attempt, actor=actor)
         return Answer(before=status, changed=int(not status.terminal), instance=row.instance)
 
@@ -291,6 +415,47 @@ class TurnWriter:
                 self._count_time(row, status, self._at)
         return Answer(changed=len(lost))
 
+    def _declare_queues(self, declared: Mapping[str, QueueConfig]) -> Answer:
+        known = {row.name: row.declared for row in self._connection.execute(sa.select(queue_table)).all()}
+        for name, config in declared.items():
+            limits = {"concurrency": config.concurrency, "max_size": config.max_size}
+            text = json.dumps(limits)
+            if known.get(name) != text:
+                self._set_queue(name, {**limits, "declared": text})
+        return Answer()
+
+    def _edit_queue(
+        self, name: str, kind: EventKind, changes: Mapping[str, Any], actor: str | None, note: str | None
+    ) -> Answer:
+        row = self._connection.execute(sa.select(queue_table).where(queue_table.c.name == name)).first()
+        before = {column: getattr(row, column, None) for column in changes}
+        self._set_queue(name, changes)
+        detail = {"queue": name, "before": before, "after": dict(changes), "note": note}
+        self._event(kind, "", actor=actor or "", detail=json.dumps(detail))
+        return Answer(changed=1)
+
+    def _set_queue(self, name: str, changes: Mapping[str, Any]) -> None:
+        newest = self._connection.execute(sa.select(sa.func.max(queue_table.c.version))).scalar() or 0
+        values = {"paused": False, **changes, "name": name, "version": newest + 1}
+        statement = self._sql.insert(queue_table).values(values)
+        update = {**changes, "version": newest + 1}
+        self._connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=update))
+
+    def _purge(self, before: int, limit: int) -> Answer:
+        deleted = 0
+        for status in (status for status in TaskStatus if status.terminal):
+            values = {"status": status, "before": before, "most": limit - deleted}
+            rows = self._sql.purge.run(self._cursor, **values).fetchall() if deleted < limit else []
+            for _, queue, name, started_at, finished_at in rows:
+                self._counts[queue, name, status] -= 1
+                if started_at is not None and finished_at is not None:
+                    self._micros[queue, name, status] -= finished_at - started_at
+            gone = [(task_id,) for task_id, *_ in rows]
+            self._bulk(self._sql.purge_events, gone)
+            self._bulk(self._sql.purge_logs, gone)
+            deleted += len(rows)
+        return Answer(changed=deleted)
+
     # -- claim
 
     def _stage(self) -> datetime | None:
@@ -308,32 +473,20 @@ class TurnWriter:
 
     def _claim(self, room: Room, rotation: int) -> tuple[list[Claimed], bool]:
         """Takes what may start, queue by queue; says whether there may be more that could."""
-        waiting = self._waiting()
-        queues = sorted(waiting)
+        queues = self._levels.queues()
         first = rotation % len(queues) if queues else 0
         chosen: list[str] = []
         more = False
         for queue in queues[first:] + queues[:first]:
-            names, most = room.startable(waiting[queue]), room.free(queue)
+            waiting = self._levels.waiting(queue)
+            names, most = room.startable(waiting), room.free(queue)
             if names and most:
-                candidates = self._ready(queue, names, waiting[queue], most)
+                candidates = self._ready(queue, names, waiting, most)
                 more = more or len(candidates) == most
                 chosen += [task_id for task_id, name in candidates if room.take(queue, name)]
         return (self._seize(chosen) if chosen else []), more
 
-    def _waiting(self) -> Mapping[str, Collection[str]]:
-        """Queue -> names of which tasks are ready, this turn's own changes included."""
-        numbers = Counter({(queue, name): n for queue, name, n in self._sql.waiting.run(self._cursor).fetchall()})
-        for (queue, name, status), n in self._counts.items():
-            if status == TaskStatus.PENDING:
-                numbers[queue, name] += n
-        found: defaultdict[str, set[str]] = defaultdict(set)
-        for (queue, name), n in numbers.items():
-            if n > 0:
-                found[queue].add(name)
-        return found
-
-    def _ready(self, queue: str, names: set[str], waiting: Collection[str], most: int) -> list[tuple[Any, ...]]:
+    def _ready(self, queue: str, names: set[str], waiting: Collection[str], most: int) -> Sequence[Any]:
         if names.issuperset(waiting):
             return self._sql.ready.run(self._cursor, queue=queue, most=most).fetchall()
         listed = json.dumps([[name] for name in sorted(names)])
@@ -397,7 +550,9 @@ class TurnWriter:
     def _move(self, queue: str, name: str, before: str | None, after: str) -> None:
         if before is not None:
             self._counts[queue, name, before] -= 1
+            self._levels.add(queue, name, before, -1)
         self._counts[queue, name, after] += 1
+        self._levels.add(queue, name, after, 1)
 
     def _count_time(self, row: Row[Any], status: str, until: int, sign: int = 1) -> None:
         """The time from a task's last start to its end counts under the status it ended with."""

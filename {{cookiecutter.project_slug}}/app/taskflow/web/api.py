@@ -7,7 +7,7 @@ answers; errors are left to the app's handlers. No route answers 500 for bad inp
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
@@ -22,26 +22,11 @@ from . import records
 from .auth import actor_of
 from .records import Json
 from .site import Site
+from .views import parse_moment
 
-AGO = re.compile(r"(\d{1,6})([mhd])")
-UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 TASK_ID = re.compile(r"[0-9A-Za-z_.:-]{1,128}")
 MOST_LOG_LINES = 10_000
 """Log lines that a single record carries; `/logs?after=` pages through all."""
-
-
-def parse_moment(text: str, now: datetime) -> datetime:
-    """An ISO 8601 time, UTC where it names no zone, or "<N>m", "<N>h", "<N>d" ago. Raises ValueError."""
-    if ago := AGO.fullmatch(text):
-        try:
-            return now - timedelta(**{UNITS[ago[2]]: int(ago[1])})
-        except OverflowError:
-            raise ValueError(f"{text!r}: before all time") from None
-    try:
-        moment = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)  # "+" in a URL is a space
-    except ValueError:
-        raise ValueError(f"{text!r}: expected an ISO 8601 time, or <N>m, <N>h or <N>d ago") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def parse_tag(text: str) -> tuple[str, str]:

@@ -83,9 +83,7 @@ def auth_backend(auth: Auth | None) -> TaskAuthBackend | None:
 
 
 def is_pair(value: object) -> bool:
-    return (
-        isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, str) and part for part in value)
-    )
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, str) and part for part in value)
 
 
 # -- sessions
@@ -141,7 +139,7 @@ def b64(raw: bytes) -> str:
 
 
 class LoginLimit:
-    """Counts bad logins by client. An attempt counts as bad until it was found good, so that many at once gain nothing."""
+    """Counts bad logins by client. An attempt is bad until it was found good, so that many at once gain nothing."""
 
     def __init__(self, *, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock

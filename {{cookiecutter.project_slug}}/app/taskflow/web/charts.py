@@ -111,7 +111,7 @@ def activity(tasks: Sequence[TaskRecord], now: datetime, *, width: float, height
         n=len(tasks),
         peak=peak,
         step=step,
-        totals=Counter(task.status for task in tasks),
+        totals={status: n for status in TaskStatus if (n := sum(task.status is status for task in tasks))},
     )
 
 

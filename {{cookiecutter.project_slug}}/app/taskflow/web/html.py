@@ -122,7 +122,7 @@ class Renderer:
 
     def error(self, request: Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
         heading = ERROR_WORDS.get(status, "Something is wrong")
-        page = self.page(request, "error.html", status, heading=heading, message=message, status=status)
+        page = self.page(request, "error.html", status, heading=heading, message=message, code=status)
         page.headers.update(headers or {})
         return page
 

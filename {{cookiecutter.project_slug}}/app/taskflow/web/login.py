@@ -21,7 +21,7 @@ def login_router(site: Site, gate: Gate, renderer: Renderer) -> APIRouter:
     )
 
     @router.get("/auth/login")
-    async def login_page(request: Request, next: Annotated[str, Query()] = "") -> Response:  # noqa: A002
+    async def login_page(request: Request, next: Annotated[str, Query()] = "") -> Response:
         if not gate.asks_for_login or gate.session(request) is not None:
             return RedirectResponse(f"{site.base(request)}/dashboard", 302, HEADERS)
         return renderer.page(request, "login.html", next=next, username="", wrong=False)

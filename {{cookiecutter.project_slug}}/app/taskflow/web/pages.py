@@ -19,7 +19,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
 from ..housekeeping import LEASE_SECONDS
-from ..models import Count, Cursor, InstanceRecord, LogEntry, TaskFilter, TaskRecord, TaskStatus, utc_now
+from ..models import Count, Cursor, LogEntry, TaskFilter, TaskRecord, TaskStatus, utc_now
 from . import charts, records, views
 from .api import checked_id
 from .auth import actor_of
@@ -64,8 +64,9 @@ def pages_router(site: Site, feed: Feed, renderer: Renderer) -> APIRouter:
             now=now,
             unready=site.manager.unready(),
             instances=alive,
-            busy=busy(alive),
+            slots=sum(item.slots for item in alive),
             tiles=tiles(counts),
+            running=sum(count.n for count in counts if count.status is TaskStatus.RUNNING),
             ended=sum(count.n for count in counts if count.status.terminal),
             activity=charts.activity(newest.tasks, now, width=720, height=96, bars=48),
             tasks=newest.tasks[:NEWEST],
@@ -115,6 +116,7 @@ def pages_router(site: Site, feed: Feed, renderer: Renderer) -> APIRouter:
             known=store.knows(task.func_name),
             waterfall=charts.waterfall(events, now, width=600),
             events=events[::-1],
+            actors=any(event.actor for event in events),
             event_words=views.EVENT_WORDS,
             logs=log_lines(logs, None),
             log_end=log_end(logs, 0, None),
@@ -155,7 +157,9 @@ def pages_router(site: Site, feed: Feed, renderer: Renderer) -> APIRouter:
         form = await form_of(request)
         old = Preferences.of(request)
         theme = form.get("theme", old.theme)
-        new = Preferences(theme if theme in THEMES else old.theme, form.get("keys", "on" if old.keys else "off") != "off")
+        new = Preferences(
+            theme if theme in THEMES else old.theme, form.get("keys", "on" if old.keys else "off") != "off"
+        )
         base = site.base(request)
         response = seen(own_page(base, form.get("next", "")))
         response.set_cookie(PREFERENCES, str(new), max_age=A_YEAR, path=base, samesite="lax")
@@ -210,11 +214,6 @@ def tiles(counts: Iterable[Count]) -> list[Tile]:
         n[count.status] += count.n
         delayed[count.status] += count.delayed
     return [Tile(status, n[status], delayed[status]) for status in TaskStatus]
-
-
-def busy(instances: Sequence[InstanceRecord]) -> tuple[int, int]:
-    """Slots in use and slots there are, over all instances."""
-    return sum(item.running for item in instances), sum(item.slots for item in instances)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,10 +47,11 @@ class News:
 class Feed:
     def __init__(self, store: TaskStore, journal: Journal) -> None:
         self._store = store
-        self._recent: deque[tuple[int, str]] = deque(maxlen=WINDOW)
+        self.recent: deque[tuple[int, str]] = deque(maxlen=WINDOW)
+        """The newest events: their number and their task."""
         self._head: int | None = None
         self._floor = 0
-        """Events above it are all in `_recent`."""
+        """Events above it are all in `recent`."""
         self._announced = asyncio.Event()
         self._stale = True
         self._looked = 0.0
@@ -103,20 +104,20 @@ class Feed:
             self._looked = monotonic()
 
     def _skip_to(self, seq: int) -> None:
-        self._recent.clear()
+        self.recent.clear()
         self._head = self._floor = seq
 
     def _remember(self, seq: int, task_id: str) -> None:
-        if len(self._recent) == WINDOW:
-            self._floor = self._recent[0][0]
-        self._recent.append((seq, task_id))
+        if len(self.recent) == WINDOW:
+            self._floor = self.recent[0][0]
+        self.recent.append((seq, task_id))
 
     def _since(self, cursor: int) -> News | None:
         if self._head is None or cursor == self._head:
             return None
         if cursor > self._head:  # the database was replaced by a younger one
             return News(self._head, [], more=True)
-        ids = dict.fromkeys(task_id for seq, task_id in self._recent if seq > cursor)
+        ids = dict.fromkeys(task_id for seq, task_id in self.recent if seq > cursor)
         return News(self._head, [*ids][-MOST_IDS:], more=cursor < self._floor or len(ids) > MOST_IDS)
 
 

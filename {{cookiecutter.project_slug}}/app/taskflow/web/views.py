@@ -87,17 +87,16 @@ class Search:
             queue=self.queue,
             source=self.source,
             tags=self.tags,
-            since=self.since and parse_moment(self.since, now) or None,
-            until=self.until and parse_moment(self.until, now) or None,
+            since=parse_moment(self.since, now) if self.since else None,
+            until=parse_moment(self.until, now) if self.until else None,
             text=" ".join(self.words) or None,
         )
 
     def __str__(self) -> str:
         """As it could be typed; what was not understood is left out."""
         parts = [f"status:{','.join(self.statuses)}"] if self.statuses else []
-        for key in ("name", "queue", "source", "since", "until"):
-            if value := getattr(self, key):
-                parts.append(f"{key}:{quoted(value)}")
+        values = {key: getattr(self, key) for key in ("name", "queue", "source", "since", "until")}
+        parts += [f"{key}:{quoted(value)}" for key, value in values.items() if value]
         parts += [f"tag.{key}:{quoted(value)}" for key, value in self.tags]
         parts += [word if PLAIN_VALUE.fullmatch(word) else f'"{word}"' for word in self.words]
         return " ".join(parts)
@@ -274,10 +273,10 @@ def waiting_for(task: TaskRecord, now: datetime, *, known: bool) -> str:
 
 def wait_seconds(task: TaskRecord, now: datetime) -> float | None:
     """How long the present or last attempt waited, or has waited so far, once it was due."""
-    until = task.start_time
-    if task.status is TaskStatus.PENDING:
-        until = now
-    return None if until is None else max(0.0, (until - task.run_at).total_seconds())
+    until = now if task.status is TaskStatus.PENDING else task.start_time
+    if until is None or until < task.run_at:
+        return None
+    return (until - task.run_at).total_seconds()
 
 
 def run_seconds(task: TaskRecord, now: datetime) -> float | None:
@@ -352,7 +351,9 @@ def own_frames(stacktrace: str | None, root: str) -> Sequence[Frame]:
         match = FRAME.fullmatch(text)
         if match and not any(part in match["path"].replace("\\", "/") for part in FOREIGN):
             code = lines[index + 1].strip() if index + 1 < len(lines) and lines[index + 1].startswith("    ") else ""
-            frames.append(Frame(match["path"].removeprefix(root).lstrip("/"), match["line"], match["where"] or "", code))
+            frames.append(
+                Frame(match["path"].removeprefix(root).lstrip("/"), match["line"], match["where"] or "", code)
+            )
     return frames[::-1]
 
 
