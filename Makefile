@@ -21,7 +21,8 @@ check: .venv/.ready
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy hooks/pre_gen_project.py
 	.venv/bin/mypy hooks/post_gen_project.py
-	.venv/bin/mypy tests $(wildcard benchmarks)
+	.venv/bin/mypy tests
+	MYPYPATH='$(PROJECT)' .venv/bin/mypy benchmarks
 	cd '$(PROJECT)' && '$(CURDIR)/.venv/bin/mypy'
 
 bench: .venv/.ready

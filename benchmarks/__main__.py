@@ -113,7 +113,9 @@ def main() -> None:
     if unknown := set(arguments.names) - COMPARISONS.keys():
         parser.error(f"no such comparison: {', '.join(sorted(unknown))}")
     install_rivals()
-    print(f"Python {platform.python_version()}, {os.cpu_count()} cores; medians of {arguments.rounds} rounds, interleaved")
+    print(
+        f"Python {platform.python_version()}, {os.cpu_count()} cores; medians of {arguments.rounds} rounds, interleaved"
+    )
     for name in arguments.names or COMPARISONS:
         compare(name, arguments.rounds)
 

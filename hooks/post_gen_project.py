@@ -27,6 +27,9 @@ REPLACED: dict[tuple[str, object], str] = {("example_tasks", False): "_bare"}
 # What tools leave behind when they run inside the template directory.
 CACHES = frozenset({"__pycache__", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
 
+# Set while git runs a hook; they would point every command at that repository.
+ANOTHER_REPOSITORY = frozenset({"GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"})
+
 
 def prune() -> None:
     for (key, answer), paths in REMOVED.items():
@@ -72,10 +75,9 @@ def sweep_caches() -> None:
 
 def git(*arguments: str, cwd: str = ".") -> str | None:
     """The output of a git command, or None when it fails or there is no git."""
-    elsewhere = {name: value for name, value in os.environ.items() if not name.startswith("GIT_DIR")}
-    elsewhere = {name: value for name, value in elsewhere.items() if name not in {"GIT_WORK_TREE", "GIT_INDEX_FILE"}}
+    environment = {name: value for name, value in os.environ.items() if name not in ANOTHER_REPOSITORY}
     try:
-        done = subprocess.run(["git", *arguments], cwd=cwd, env=elsewhere, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=True)
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -151,9 +153,9 @@ def bold(text: str) -> str:
 
 
 def main() -> None:
+    sweep_caches()
     prune()
     replace()
-    sweep_caches()
     # cruft bakes into scratch directories, keeps its own record and compares the results: leave nothing else in them.
     if "_output_dir" not in ANSWERS:
         return

@@ -31,7 +31,7 @@ def append(template: Template, path: str, text: str) -> None:
     ("path", "text", "complaint"),
     [
         ("app/main.py", "# {% if later %}\n", "app/main.py: Jinja is left over"),
-        (".env.example", "{{ '{{' }}\n", ".env.example: Jinja is left over"),
+        (".env.example", "{{ '{{' }} later\n", ".env.example: Jinja is left over"),
         (".gitignore", "\n\n\nx\n", ".gitignore: has two blank lines in a row"),
         ("app/main.py", "X = 1 \n", "app/main.py: has a trailing space"),
         ("app/main.py", "\n", "app/main.py: must end with one newline"),

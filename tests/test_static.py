@@ -1,6 +1,8 @@
 """A bake is clean as it comes out: it resolves, is linted, formatted and typed; workflow and compose file are valid."""
 
+import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from tests.checks import lint_complaints, schema_complaints, type_complaints
 from tests.template import (
     BACKENDS,
     PRE_HOOK,
+    PROJECT,
     READY_BACKENDS,
     ROOT,
     Answers,
@@ -24,6 +27,14 @@ from tests.template import (
 DRIVERS: dict[str, set[str]] = {"sqlite": set(), "redis": {"redis"}, "postgres": {"psycopg", "psycopg-binary"}}
 
 
+def must_be_empty(complaints: str) -> None:
+    assert not complaints, complaints
+
+
+# Imported only where it is installed.
+OPTIONAL = {"opentelemetry"}
+
+
 def refused_names() -> set[str]:
     block = re.search(r'DEPENDENCIES = """(.*?)"""', (ROOT / PRE_HOOK).read_text(), re.DOTALL)
     assert block
@@ -32,7 +43,7 @@ def refused_names() -> set[str]:
 
 @pytest.mark.parametrize("answers", pairwise(backend=READY_BACKENDS), ids=label)
 def test_a_bake_is_linted_and_formatted(template: Template, tmp_path: Path, answers: Answers) -> None:
-    assert lint_complaints(template.bake_quickly(tmp_path, **answers)) == ""
+    must_be_empty(lint_complaints(template.bake_quickly(tmp_path, **answers)))
 
 
 @pytest.mark.parametrize("example_tasks", [True, False])
@@ -41,7 +52,7 @@ def test_a_bake_is_typed(
 ) -> None:
     """The other options do not touch a Python file: the tree lane compares their bytes."""
     project = template.bake_quickly(tmp_path, example_tasks=example_tasks)
-    assert type_complaints(project, tmp_path_factory.getbasetemp() / "mypy") == ""
+    must_be_empty(type_complaints(project, tmp_path_factory.getbasetemp() / "mypy"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -55,11 +66,27 @@ def test_a_lock_resolves_with_the_chosen_driver_only(
     assert packages - {"task-service"} - refused_names() == set(), "could be chosen as project_slug"
 
 
+def test_what_the_service_imports_is_a_dependency_of_its_own() -> None:
+    """A package that only comes along with another one may leave with it."""
+    imported = set()
+    for path in (ROOT / PROJECT / "app").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).partition(".")[0])
+    packages = {name.replace("_", "-") for name in imported - sys.stdlib_module_names - {"app"}}
+    project = tomllib.loads((ROOT / PROJECT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[\[<>=]", requirement)[0] for requirement in project["dependencies"]}
+    assert packages - declared - OPTIONAL == set()
+    assert "fastapi" in packages
+
+
 @pytest.mark.parametrize("answers", combinations(license=["MIT"], example_tasks=[True], docker=[True]), ids=label)
 def test_workflow_and_compose_file_follow_their_schemas(
     template_of_every_backend: Template, tmp_path: Path, answers: Answers
 ) -> None:
     project = template_of_every_backend.bake_quickly(tmp_path, **answers)
-    assert schema_complaints("compose-spec", project / "compose.yaml") == ""
+    must_be_empty(schema_complaints("compose-spec", project / "compose.yaml"))
     if answers["ci"] == "github":
-        assert schema_complaints("github-workflows", project / ".github/workflows/ci.yml") == ""
+        must_be_empty(schema_complaints("github-workflows", project / ".github/workflows/ci.yml"))

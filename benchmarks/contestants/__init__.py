@@ -1,1 +1,1 @@
-"""The systems that are compared: each a module with `async def session(database)` and a FastAPI `make_app(database)`."""
+"""The systems that are compared: modules with `session(database)` and a FastAPI `make_app(database)`."""

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import BackgroundTasks, FastAPI
-from fastapi_taskflow import ManagedBackgroundTasks, TaskAdmin, TaskManager  # type: ignore[import-not-found, unused-ignore]
+
+taskflow: Any = importlib.import_module("fastapi_taskflow")
 
 
 class Session:
     def __init__(self, database: str) -> None:
-        self.manager = TaskManager(snapshot_db=database)
+        self.manager = taskflow.TaskManager(snapshot_db=database)
         self.count = 0
 
-        @self.manager.task(persist=True)
         async def async_noop(number: int) -> None:
             self.count += 1
 
-        @self.manager.task(persist=True)
         def sync_noop(number: int) -> None:
             self.count += 1
 
-        self.tasks: dict[str, Callable[..., Any]] = {"async": async_noop, "sync": sync_noop}
+        task = self.manager.task(persist=True)
+        self.tasks: dict[str, Callable[..., Any]] = {"async": task(async_noop), "sync": task(sync_noop)}
 
     async def request(self, kind: str, count: int) -> None:
-        background_tasks = ManagedBackgroundTasks(self.manager)
+        background_tasks = taskflow.ManagedBackgroundTasks(self.manager)
         for number in range(count):
             background_tasks.add_task(self.tasks[kind], number)
         await background_tasks()
@@ -51,12 +52,13 @@ async def session(database: str) -> AsyncIterator[Session]:
 
 
 def make_app(database: str) -> FastAPI:
-    manager = TaskManager(snapshot_db=database)
+    manager = taskflow.TaskManager(snapshot_db=database)
     app = FastAPI()
-    TaskAdmin(app, manager, auto_install=True)
+    taskflow.TaskAdmin(app, manager, auto_install=True)
 
-    @manager.task(retries=3, delay=1.0, backoff=2.0, persist=True)
     def send_email(address: str) -> None: ...
+
+    manager.task(retries=3, delay=1.0, backoff=2.0, persist=True)(send_email)
 
     @app.post("/signup")
     def signup(email: str, background_tasks: BackgroundTasks) -> dict[str, str]:

@@ -184,13 +184,13 @@ class Housekeeping:
         await asyncio.to_thread(self.heartbeat.beat)
         self.heartbeat.start()
         await self._journal.obey(DeclareQueues(self._queues))
-        self.introduced.set()
         await self._rescue()
         if not self._requeue_pending:
             await self._drop_pending()
         if self._runs_tasks:
             self._dispatcher.start()
             self._journal.wake()
+        self.introduced.set()
 
     async def _rescue(self) -> None:
         others = await asyncio.to_thread(self._backend.lapsed, self._clock())

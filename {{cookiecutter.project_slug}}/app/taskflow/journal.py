@@ -49,6 +49,7 @@ class Worker(Protocol):
 
 
 Listener = Callable[[Sequence[Finish], TurnResult], None]
+LogListener = Callable[[Sequence[LogLine]], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -110,6 +111,8 @@ class Journal:
         self.last_error: str | None = None
         self.listeners: list[Listener] = []
         """Called after each turn that changed something. Must not block and must not raise."""
+        self.log_listeners: list[LogListener] = []
+        """Called with the log lines that a turn stored, before `listeners`. Must not block and must not raise."""
 
     # -- lifecycle
 
@@ -192,12 +195,24 @@ class Journal:
 
     def finish(self, finish: Finish) -> None:
         """Takes a result; `Worker.turned` says when it is written."""
+        if finish.error is not None:  # words of user code: a lone surrogate would make the row unreadable
+            stacktrace = finish.stacktrace and clean(finish.stacktrace)
+            finish = replace(finish, error=clean(finish.error), stacktrace=stacktrace)
         self._finishes.append(finish)
         self._wake.set()
 
     def log(self, context: TaskContext, level: str, message: str, extra: Mapping[str, Any]) -> None:
         """From any thread. Kept in order, before the finish of its attempt."""
-        line = LogLine(context.task_id, self._clock(), clean(level), context.attempt, clean(message), extra)
+        line = LogLine(
+            context.task_id,
+            self._clock(),
+            clean(level),
+            context.attempt,
+            clean(message),
+            extra,
+            context.func_name,
+            context.tags,
+        )
         with self._words:
             self.dropped_logs += len(self._logs) == MOST_WAITING
             self._logs.append(line)
@@ -307,6 +322,9 @@ class Journal:
             settle(waiting, next(answers) if waiting.command is not None else verdict(waiting.drafts, result))
         if self._worker is not None:
             self._worker.turned(batch.finishes, result)
+        if batch.logs:
+            for hears in self.log_listeners:
+                hears(batch.logs)
         if batch.size or result.claimed:
             for listener in self.listeners:
                 listener(batch.finishes, result)

@@ -54,9 +54,11 @@ class TaskDefinition:
 
     def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         try:
-            return self.check(*args, **kwargs)
+            found, named = self.check(*args, **kwargs)
         except ValidationError as error:
             raise self._refusal(error) from error
+        # What the caller left out stays out: a default is the function's own, and need not be storable.
+        return found[: len(args)], {name: value for name, value in named.items() if name in kwargs}
 
     def _refusal(self, error: ValidationError) -> TaskArgumentError:
         first = error.errors(include_url=False)[0]
@@ -150,6 +152,8 @@ def argument_check(function: TaskFunction) -> Callable[..., Call]:
     def arguments(*args: Any, **kwargs: Any) -> Call:
         return args, kwargs
 
+    hints = getattr(function, "__annotations__", {})
+    arguments.__annotations__ = {name: hint for name, hint in hints.items() if name != "return"}
     try:
         check: Callable[..., Call] = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(arguments)
         return check
@@ -158,7 +162,13 @@ def argument_check(function: TaskFunction) -> Callable[..., Call]:
 
 
 def same_function(one: TaskFunction, other: TaskFunction) -> bool:
-    """True for a function and its later self: a module that was reloaded, or run as __main__ and imported."""
+    """True for a function and its later self: a module that was reloaded, or run as __main__ and imported.
+
+    Two closures that one factory made share their code, and are two functions.
+    """
+    one, other = inspect.unwrap(one), inspect.unwrap(other)
+    if getattr(one, "__closure__", None) and one.__code__ is getattr(other, "__code__", None):
+        return one is other
     return (one.__qualname__, inspect.getsourcefile(one)) == (other.__qualname__, inspect.getsourcefile(other))
 
 

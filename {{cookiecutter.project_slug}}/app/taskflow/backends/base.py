@@ -99,6 +99,9 @@ class LogLine:
     attempt: int
     message: str
     extra: Mapping[str, Any]
+    func_name: str = ""
+    """For observers; neither this nor the tags are stored with the line."""
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,22 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """A task that a command ended or sent back to wait, without an attempt of this instance. `attempt` is the number of
+    started attempts, `started_at` the start of the one that the command ended."""
+
+    task_id: str
+    name: str
+    tags: Mapping[str, str]
+    status: TaskStatus
+    at: datetime
+    attempt: int
+    excused: int
+    started_at: datetime | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TurnResult:
     existing: frozenset[str] = frozenset()
     """Drafts whose id was stored before (an idempotency key seen earlier): not admitted again."""
@@ -218,6 +237,9 @@ class TurnResult:
     """Drafts refused by a full queue -> that queue's max_size."""
     refused: frozenset[str] = frozenset()
     """Finishes whose lease was lost: not written."""
+    withdrawn: frozenset[str] = frozenset()
+    """Finishes that would have been PENDING again, but somebody had asked the task to stop: written as CANCELLED."""
+    moved: Sequence[Moved] = ()
     answers: Sequence[Answer] = ()
     claimed: Sequence[Claimed] = ()
     stopping: Sequence[str] = ()

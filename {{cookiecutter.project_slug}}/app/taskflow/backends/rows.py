@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy.engine import Row
 
 from ..models import DELAYED, TaskRecord, TaskStatus, from_micros, to_micros
-from .base import Claimed, Draft
+from .base import Claimed, Draft, Moved
 
 
 def micros(value: datetime | None) -> int | None:
@@ -82,6 +82,12 @@ def first_claim(draft: Draft, started_at: datetime) -> Claimed:
         requeue=draft.requeue,
         trace=draft.trace,
     )
+
+
+def moved_of(row: Row[Any], status: TaskStatus, at: datetime, **facts: Any) -> Moved:
+    """What a command made of a task; `row` is what it was before."""
+    values = {"attempt": row.attempt, "excused": row.excused, **facts}
+    return Moved(row.task_id, row.name, loads_object(row.tags), status, at, **values)
 
 
 def record_of(row: Row[Any]) -> TaskRecord:

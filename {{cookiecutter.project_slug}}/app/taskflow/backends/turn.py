@@ -29,6 +29,7 @@ from .base import (
     EditQueue,
     Finish,
     LogLine,
+    Moved,
     Note,
     Progress,
     Purge,
@@ -37,7 +38,7 @@ from .base import (
     Turn,
     TurnResult,
 )
-from .rows import claimed_of, dumps_object, first_claim, micros, status_of, stored_status
+from .rows import claimed_of, dumps_object, first_claim, micros, moment, moved_of, status_of, stored_status
 from .statements import Cursor, Prepared, Statements
 from .tables import queue as queue_table
 from .tables import task
@@ -148,6 +149,8 @@ class TurnWriter:
         self._at = to_micros(turn.now)
         self._levels = Levels()
         self._stopping: list[str] = []
+        self._withdrawn: list[str] = []
+        self._moved: list[Moved] = []
         self._events: list[Sequence[Any]] = []
         self._counts: Counter[tuple[str, str, str]] = Counter()
         self._micros: Counter[tuple[str, str, str]] = Counter()
@@ -176,6 +179,8 @@ class TurnWriter:
             refused=refused,
             answers=answers,
             claimed=claimed,
+            withdrawn=frozenset(self._withdrawn),
+            moved=self._moved,
             stopping=self._stopping,
             more=more,
             next_due=next_due,
@@ -211,7 +216,10 @@ class TurnWriter:
             if status is None:
                 self._event(EventKind.LEASE_LOST, item.task_id, item.attempt, detail=f"{finish.kind} came too late")
                 continue
-            kind = EventKind.CANCELLED if status == TaskStatus.CANCELLED else finish.kind
+            kind = finish.kind
+            if status == TaskStatus.CANCELLED and finish.status is not TaskStatus.CANCELLED:
+                kind = EventKind.CANCELLED
+                self._withdrawn.append(item.task_id)
             self._event(kind, item.task_id, item.attempt, at=ended[place], detail=finish.error)
             self._move(item.queue, item.name, TaskStatus.RUNNING, status)
             if status not in (TaskStatus.PENDING, DELAYED):
@@ -349,6 +357,7 @@ class TurnWriter:
             self._event(EventKind.CANCELLED, task_id, actor=actor)
             self._move(row.queue, row.name, row.status, TaskStatus.CANCELLED)
             self._count_time(row, TaskStatus.CANCELLED, self._at)
+            self._moved.append(moved_of(row, TaskStatus.CANCELLED, self._turn.now))
         elif status is TaskStatus.RUNNING:
             self._update(task_id, cancel_requested=True)
             if row.instance == self._turn.instance:
@@ -411,6 +420,8 @@ class TurnWriter:
             )
             self._event(kind, row.task_id, row.attempt, detail=error or f"left running by {row.instance}")
             self._move(row.queue, row.name, TaskStatus.RUNNING, status)
+            facts = {"excused": row.excused + 1, "started_at": moment(row.started_at), "error": error}
+            self._moved.append(moved_of(row, status, self._turn.now, **facts))
             if status.terminal:
                 self._count_time(row, status, self._at)
         return Answer(changed=len(lost))

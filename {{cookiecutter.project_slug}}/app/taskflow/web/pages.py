@@ -81,11 +81,9 @@ def pages_router(site: Site, feed: Feed, renderer: Renderer) -> APIRouter:
         request: Request, q: Annotated[str, Query()] = "", before: Annotated[str | None, Query()] = None
     ) -> Response:
         now = utc_now()
-        search = views.parse_search(q, now)
+        search, cursor = views.parse_search(q, now), cursor_of(before)
         seq = await feed.head()
-        counts, page = await asyncio.gather(
-            store.counts(), store.page(search.filter(now), cursor_of(before), PAGE_SIZE)
-        )
+        counts, page = await asyncio.gather(store.counts(), store.page(search.filter(now), cursor, PAGE_SIZE))
         return renderer.page(
             request,
             "tasks.html",

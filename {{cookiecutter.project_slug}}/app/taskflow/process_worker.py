@@ -1,0 +1,276 @@
+"""The child's side of the process executor: one call at a time, from a pipe and back to it.
+
+Owns everything that happens inside a worker process; `processes.py` starts it and speaks with it. The invariant: a
+worker never outlives its parent, whatever its task does, and it hears no signal but SIGKILL: a Ctrl-C or a supervisor
+that stops every process of the service asks the parent, who waits for running tasks before it ends its workers.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import ctypes
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+from . import codec
+from .context import TaskContext, current
+from .errors import TaskflowError, UnknownFunction
+from .executors import Call
+from .models import TaskConfig
+from .registry import TaskDefinition, TaskRegistry
+
+LONGEST_TRACE = 32_000
+"""Characters; the end of a traceback says most."""
+PR_SET_PDEATHSIG = 1
+
+
+# -- what crosses the pipe
+
+
+class Request(NamedTuple):
+    """One call: where the function is, and what to call it with."""
+
+    module: str
+    function: str
+    layers: int
+    """How many `__wrapped__` lie between the module's attribute and the function that was decorated as a task."""
+    name: str
+    arguments: str
+    context: Mapping[str, Any]
+    """Fields of the TaskContext, without its sink."""
+
+
+class Began(NamedTuple):
+    """The next step is the user's function: a worker that dies from here on has run it."""
+
+
+class Said(NamedTuple):
+    level: str
+    message: str
+    extra: str
+    """JSON."""
+
+
+class Progressed(NamedTuple):
+    value: Mapping[str, Any]
+
+
+class Returned(NamedTuple):
+    result: str | None
+
+
+class Raised(NamedTuple):
+    kind: str
+    text: str
+    trace: str
+    pickled: bytes | None
+    """None where it would not come out of the pipe as what it was."""
+
+
+# -- the worker
+
+
+def work(pipe: Connection, parent: int) -> None:
+    """What a worker process does from its start until its parent closes the pipe."""
+    settle_in(pipe, parent)
+    registry = TaskRegistry()
+    with suppress(EOFError, OSError):
+        while True:
+            request: Request = pipe.recv()
+            pipe.send(contextvars.copy_context().run(answer, request, pipe, registry))
+            del request
+
+
+def answer(request: Request, pipe: Connection, registry: TaskRegistry) -> Returned | Raised:
+    """Runs one call to its end. What it sets in context variables ends with it."""
+    sink = PipeSink(pipe)
+    context = TaskContext(**request.context, sink=sink)
+    current.set(context)
+    try:
+        function = Call(definition_of(request, registry), request.arguments, context).bound()
+        pipe.send(Began())
+        return Returned(stored(function(), context))
+    except BaseException as error:  # noqa: BLE001 - user code: SystemExit is that task's failure
+        return raised(error)
+    finally:
+        leave_if_forked(sink.pid)
+        sink.close()
+
+
+def definition_of(request: Request, registry: TaskRegistry) -> TaskDefinition:
+    """The task of that name; its module is imported by the first call. Raises TaskflowError, or what the import raises."""
+    with suppress(UnknownFunction):
+        return registry.named(request.name)
+    function = getattr(importlib.import_module(request.module), request.function, None)
+    for _ in range(request.layers):
+        function = getattr(function, "__wrapped__", None)
+    if function is None:
+        raise TaskflowError(
+            f"a worker process imported {request.module} and found no {request.function} in it: "
+            'a task with executor="process" is defined when its module is imported'
+        )
+    return registry.add(function, TaskConfig(name=request.name, executor="process"))
+
+
+def stored(result: Any, context: TaskContext) -> str | None:
+    try:
+        return codec.encode_result(result)
+    except codec.CannotStore as error:
+        context.sink.log(context, "warning", f"the result was not stored: {error}", {})
+        return None
+
+
+class PipeSink:
+    """Sends a task's words to the parent while its call lasts; a thread that it left behind is not heard."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pid = os.getpid()
+        self._pipe: Connection | None = pipe
+        self._lock = threading.Lock()
+
+    def log(self, context: TaskContext, level: str, message: str, extra: Mapping[str, Any]) -> None:
+        self._send(Said(str(level), message, as_json(extra)))
+
+    def progress(self, context: TaskContext, value: Mapping[str, Any]) -> None:
+        self._send(Progressed(value))
+
+    def close(self) -> None:
+        with self._lock:
+            self._pipe = None
+
+    def _send(self, message: Said | Progressed) -> None:
+        if os.getpid() != self.pid:  # a process that the task forked
+            return
+        with self._lock:
+            if self._pipe is not None:
+                self._pipe.send(message)
+
+
+def as_json(extra: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(extra, default=str)
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, a circle
+        return json.dumps({str(key): repr(value) for key, value in extra.items()})
+
+
+# -- exceptions
+
+
+def raised(error: BaseException) -> Raised:
+    pickled = packed(error)
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - user code: __str__
+        text, pickled = "", None
+    return Raised(type(error).__qualname__, text, trace_of(error), pickled)
+
+
+def trace_of(error: BaseException) -> str:
+    """As Python prints it, from the user's function on."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames))[-LONGEST_TRACE:]
+
+
+def packed(error: BaseException) -> bytes | None:
+    """The pickled exception, if it comes back as the same type and text."""
+    for form in (error, WithoutInit(error)):
+        try:
+            data = pickle.dumps(form)
+            copy = pickle.loads(data)
+            if type(copy) is type(error) and str(copy) == str(error):
+                return data
+        except Exception:  # noqa: BLE001 - user code: __reduce__, __init__, __str__
+            continue
+    return None
+
+
+class WithoutInit:
+    """Pickles an exception whose `__init__` takes other arguments than it passed on: by its state, leaving out what
+    cannot be pickled."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[Callable[..., BaseException], tuple[Any, ...]]:
+        state = {name: value for name, value in vars(self.error).items() if can_cross(value)}
+        return revive, (type(self.error), self.error.args, state)
+
+
+def revive(kind: type[BaseException], args: tuple[Any, ...], state: Mapping[str, Any]) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
+
+
+def can_cross(value: object) -> bool:
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:  # noqa: BLE001 - user code: __reduce__
+        return False
+    return True
+
+
+# -- living and dying
+
+
+def settle_in(pipe: Connection, parent: int) -> None:
+    end_with_parent(parent)
+    os.set_inheritable(pipe.fileno(), False)  # held open by a program that the task started, it would hide our death
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what a task printed is not lost when it is killed
+    if sys.platform == "win32":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
+    with suppress(OSError):
+        os.setpgid(0, 0)  # a group of its own: what the task started can be killed with it
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that the task starts would inherit
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    os.register_at_fork(after_in_child=lambda: become_ordinary(pipe))
+
+
+def become_ordinary(pipe: Connection) -> None:
+    """In a process that a task forked: it has no part in the pipe and ends like any other."""
+    pipe.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def leave_if_forked(worker: int) -> None:
+    """A process that the task forked and let return must not go on as a second worker."""
+    if os.getpid() != worker:
+        os._exit(0)
+
+
+def end_with_parent(parent: int) -> None:
+    """The kernel kills this process with its parent where it can, even in C code that keeps the GIL; a thread does it
+    elsewhere, and takes along what the task started."""
+    threading.Thread(target=watch_parent, name="taskflow-watch", daemon=True).start()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before
+            os._exit(1)
+
+
+def watch_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        if sys.platform != "win32":
+            with suppress(OSError):
+                os.killpg(os.getpid(), signal.SIGKILL)
+        os._exit(1)

@@ -1,0 +1,74 @@
+"""Fixtures of the engine's tests.
+
+Asynchronous tests run through anyio's pytest plugin (`pytestmark = pytest.mark.anyio`), on asyncio alone. A new backend
+joins every test of the contract with one line in `LOCATIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.taskflow import TaskManager
+from app.taskflow.backends import Backend, open_backend
+
+from .helpers import Bench
+
+LOCATIONS: dict[str, Callable[[Path], str | None]] = {
+    "sqlite-file": lambda folder: f"sqlite:///{folder / 'tasks.db'}",
+    "sqlite-memory": lambda folder: None,
+}
+"""Backend -> where a test keeps its tasks."""
+SHARED = [name for name in LOCATIONS if name != "sqlite-memory"]
+"""Those that several instances can open at once."""
+
+StartManager = Callable[..., Awaitable[TaskManager]]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(params=LOCATIONS)
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
+    return LOCATIONS[request.param](tmp_path)
+
+
+@pytest.fixture(params=SHARED)
+def shared_location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    found = LOCATIONS[request.param](tmp_path)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+async def backend(location: str | None) -> AsyncIterator[Backend]:
+    backend = open_backend(location)
+    await backend.open()
+    yield backend
+    await backend.close()
+
+
+@pytest.fixture
+def bench(backend: Backend) -> Bench:
+    return Bench(backend)
+
+
+@pytest.fixture
+async def start_manager(tmp_path: Path) -> AsyncIterator[StartManager]:
+    """Starts a manager on a file of this test, with `define(manager)` called before, and stops it at the end."""
+    async with AsyncExitStack() as stack:
+
+        async def start(define: Callable[[TaskManager], object] | None = None, **options: Any) -> TaskManager:
+            manager = TaskManager(**{"snapshot_db": str(tmp_path / "tasks.db"), "shutdown_timeout": 5.0, **options})
+            if define is not None:
+                define(manager)
+            await stack.enter_async_context(manager.lifespan())
+            return manager
+
+        yield start
