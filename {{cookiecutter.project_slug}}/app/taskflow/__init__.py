@@ -13,24 +13,34 @@ from .errors import (
     TaskflowError,
     TaskNotFound,
 )
+from .loggers import FileLogger, InMemoryLogger, StdoutLogger
 from .manager import TaskManager
 from .models import QueueConfig, ScheduledOnce, TaskConfig, TaskRecord, TaskStatus
+from .observers import LifecycleEvent, LogEvent, TaskObserver
+from .web.auth import TaskAuthBackend
 
 __all__ = [
     "BackendUnavailable",
     "CancelTask",
+    "FileLogger",
+    "InMemoryLogger",
+    "LifecycleEvent",
+    "LogEvent",
     "ManagedBackgroundTasks",
     "QueueConfig",
     "QueueFullError",
     "RetryLater",
     "ScheduledOnce",
+    "StdoutLogger",
     "TaskAdmin",
     "TaskArgumentError",
+    "TaskAuthBackend",
     "TaskConfig",
     "TaskContext",
     "TaskFailed",
     "TaskManager",
     "TaskNotFound",
+    "TaskObserver",
     "TaskRecord",
     "TaskStatus",
     "TaskflowError",

@@ -8,25 +8,14 @@ apps in one process keep apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.params import Depends as DependsParam
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from .errors import (
-    BackendUnavailable,
-    QueueFullError,
-    QueueNotFound,
-    TaskArgumentError,
-    TaskflowError,
-    TaskNotFound,
-    TaskStateError,
-    UnknownFunction,
-)
+from .errors import TaskflowError
+from .host import install_error_handlers
 from .manager import TaskManager
 from .web.api import api_router
 from .web.auth import Auth, Gate, Sessions, auth_backend
@@ -35,35 +24,6 @@ from .web.login import login_router
 from .web.pages import pages_router
 from .web.site import Site
 from .web.stream import Feed, stream_router
-
-STATUS_CODES: dict[type[TaskflowError], int] = {
-    TaskArgumentError: 422,
-    QueueFullError: 429,
-    BackendUnavailable: 503,
-    TaskNotFound: 404,
-    QueueNotFound: 404,
-    TaskStateError: 400,
-    UnknownFunction: 409,
-}
-
-
-def join_lifespan(app: FastAPI, lifespan: Callable[[Any], Any]) -> None:
-    """Enters `lifespan` inside the app's own: after its start-up, and left before its shutdown."""
-    app.include_router(APIRouter(lifespan=lifespan))
-
-
-def install_error_handlers(app: FastAPI) -> None:
-    """What a route lets through becomes the answer its name promises, not a 500."""
-    for error in STATUS_CODES:
-        app.add_exception_handler(error, answer_error)
-
-
-def answer_error(_request: Request, error: Exception) -> JSONResponse:
-    headers = {}
-    if isinstance(error, BackendUnavailable | QueueFullError):
-        headers["Retry-After"] = str(BackendUnavailable.retry_after)
-    status = next(code for kind, code in STATUS_CODES.items() if isinstance(error, kind))
-    return JSONResponse({"detail": str(error)}, status, headers)
 
 
 def manage_present_routes(app: FastAPI, depends: DependsParam) -> None:
@@ -118,6 +78,7 @@ class TaskAdmin:
         if retention_days is not None:
             check_positive("retention_days", retention_days)
             task_manager.retention_days = retention_days
+        task_manager.injector.app = app
         self.task_manager = task_manager
         self.path = path
         site = Site(task_manager, path, title, display_func_args, poll_interval)

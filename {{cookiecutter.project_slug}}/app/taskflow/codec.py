@@ -26,6 +26,8 @@ MARK = "$"
 """Keys of tagged objects start with it; a dict whose own key does is written as pairs."""
 DEEPEST = 100
 """Levels of nesting that are stored."""
+LARGEST_RESULT = 64 * 1024
+"""Characters of JSON."""
 
 
 class CannotStore(ValueError):
@@ -45,6 +47,19 @@ def encode(value: object) -> str:
 def decode(text: str) -> Any:
     """The value of a JSON text that `encode` wrote. Raises ValueError when it did not."""
     return _decoder.decode(text)
+
+
+def encode_result(value: object) -> str | None:
+    """The stored form of what a task returned; None for None. Raises CannotStore, also for what is too large."""
+    if value is None:
+        return None
+    try:
+        text = encode(value)
+    except RecursionError as error:
+        raise CannotStore(str(error)) from error
+    if len(text) > LARGEST_RESULT:
+        raise CannotStore(f"{len(text)} characters, more than {LARGEST_RESULT}")
+    return text
 
 
 def encode_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -34,12 +34,16 @@ class Running:
 
     def stop(self, by: Literal["operator", "shutdown"], *, interrupt: bool) -> None:
         """Tells the function that it should stop and, with `interrupt`, cancels what awaits it."""
-        if self.job is None:
+        if self.job is None or self.attempt.closing:  # what is being closed must not be left half open
             return
         self.attempt.stopped_by = by
         self.attempt.context.cancelled = True
         if interrupt:  # not before its first step: a coroutine that never began could not say how it ended
-            asyncio.get_running_loop().call_soon(self.job.cancel)
+            asyncio.get_running_loop().call_soon(self._interrupt)
+
+    def _interrupt(self) -> None:
+        if self.job is not None and not self.attempt.closing:
+            self.job.cancel()
 
 
 class Dispatcher:
@@ -122,6 +126,11 @@ class Dispatcher:
             await asyncio.wait(jobs, timeout=1.0)
         for executor in self._executors.values():
             executor.close()
+
+    async def wait_closed(self) -> None:
+        """After `drain`: returns when no worker process is left."""
+        for executor in self._executors.values():
+            await executor.wait_closed()
 
     async def _settled(self, deadline: float) -> None:
         while self._running and monotonic() < deadline:

@@ -7,6 +7,7 @@ test, a log line and an HTTP answer all read the same.
 from __future__ import annotations
 
 import inspect
+import signal
 
 from .models import TaskStatus
 
@@ -91,6 +92,22 @@ class TaskFailed(TaskflowError):
         super().__init__(f"task {task_id} is {status}" + (f": {error}" if error else ""))
 
 
+class WorkerLost(TaskflowError):
+    """The worker process of a task ended without an answer. It fails that task's attempt and nothing else."""
+
+    def __init__(self, exit_code: int | None, *, began: bool) -> None:
+        self.exit_code, self.began = exit_code, began
+        super().__init__(f"its worker process {_ending(exit_code)}" + ("" if began else " before the task began"))
+
+
+class WorkerError(TaskflowError):
+    """Stands in for an exception of a worker process that cannot be had in this one: it reads the same."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        self.kind = kind
+        super().__init__(text or kind)
+
+
 class RetryLater(Exception):
     """Raised by a task to be started again after `seconds`; spends no attempt."""
 
@@ -107,6 +124,17 @@ class CancelTask(Exception):
     def __init__(self, reason: str = "cancelled by the task") -> None:
         self.reason = reason
         super().__init__(reason)
+
+
+def _ending(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "ended"
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    try:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"was killed by signal {-exit_code}"
 
 
 def _shorten(value: object) -> str:

@@ -35,14 +35,18 @@ class Call:
     context: TaskContext
     injected: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments that are not stored: what the function's dependencies resolved to for this attempt."""
+    limit: asyncio.Timeout | None = None
+    """Its timeout, already running: an executor that has to start a worker first stops it until the function begins."""
 
     def bound(self) -> Callable[[], Any]:
         """The function with its arguments, decoded and checked. Raises UnreadableCall."""
         try:
             args, kwargs = self.definition.decode(self.arguments)
-        except (ValueError, TypeError, ArithmeticError, TaskArgumentError) as error:
+            if self.definition.dependencies is not None:
+                args, kwargs = self.definition.dependencies.joined(args, kwargs, self.injected)
+        except (ValueError, TypeError, ArithmeticError, RecursionError, TaskArgumentError) as error:
             raise UnreadableCall(self.definition.name, error) from error
-        return functools.partial(self.definition.function, *args, **kwargs, **self.injected)
+        return functools.partial(self.definition.function, *args, **kwargs)
 
 
 class Executor(Protocol):
@@ -58,6 +62,9 @@ class Executor(Protocol):
     def close(self) -> None:
         """Lets go of the workers. Whatever still runs in a thread is abandoned to the end of the process."""
 
+    async def wait_closed(self) -> None:
+        """After `close`: returns when every worker that can be ended has ended."""
+
 
 class AsyncExecutor:
     kind: ExecutorKind = "async"
@@ -71,6 +78,8 @@ class AsyncExecutor:
         return await call.bound()()
 
     def close(self) -> None: ...
+
+    async def wait_closed(self) -> None: ...
 
 
 class ThreadExecutor:
@@ -99,6 +108,8 @@ class ThreadExecutor:
         if self._crew is not None:
             self._crew.dismiss()
             self._crew = None
+
+    async def wait_closed(self) -> None: ...
 
 
 class Crew:
@@ -176,8 +187,8 @@ class Job:
             return
         try:
             self.result = self.context.run(self.function)
-        except StopIteration as error:  # a future cannot carry it
-            self.error = RuntimeError("the task raised StopIteration")
+        except (StopIteration, GeneratorExit) as error:  # a future cannot carry them
+            self.error = RuntimeError(f"the task raised {type(error).__name__}")
             self.error.__cause__ = error
         except BaseException as error:  # noqa: BLE001 - user code: SystemExit in a thread is that task's failure
             self.error = error

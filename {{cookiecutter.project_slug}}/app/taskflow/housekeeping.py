@@ -57,12 +57,16 @@ def machine_name() -> str:
 
 
 def birth_of(pid: int) -> str | None:
-    """When the process of that pid started, in the kernel's ticks; None where there is no such process or no /proc."""
+    """When the process of that pid started, in the kernel's ticks; None where there is no such process or no /proc.
+
+    One that has died and that its parent has not noticed yet is none.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return stat.rpartition(")")[2].split()[19]
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]
 
 
 def is_gone(other: Instance, machine: str) -> bool:

@@ -230,7 +230,7 @@ class Journal:
         await self._until_needed()
         self._expire()
         batch = self._collect()
-        self._turning, self._turn_began = True, monotonic()
+        self._turning, self._turn_began = batch.size > 0, monotonic()
         try:
             if not self._opened:
                 await self._backend.open()

@@ -25,11 +25,16 @@ from .background import request_dependencies
 from .cipher import make_cipher
 from .clock import Clock
 from .context import CarriedContexts
+from .dependencies import Injector
 from .dispatcher import Dispatcher
 from .executors import AsyncExecutor, Executor, ThreadExecutor
+from .host import install_error_handlers, join_lifespan
 from .housekeeping import LEASE_SECONDS, Housekeeping, introduce
 from .journal import Journal
+from .loggers import FileLogger
 from .models import DEFAULT_QUEUE, ExecutorKind, QueueConfig, RetryOn, TaskConfig
+from .observers import ObserverChain
+from .processes import ProcessExecutor, refuse_in_starting_worker
 from .registry import TaskRegistry
 from .runner import Runner
 from .store import AddOptions, TaskStore
@@ -64,7 +69,7 @@ class TaskManager:
         snapshot_backend: Backend | None = None,
         snapshot_interval: float = 60.0,
         requeue_pending: bool = True,
-        loggers: Iterable[Any] | None = None,
+        loggers: Iterable[object] | None = None,
         log_file: str | None = None,
         log_file_max_bytes: int = 10 * 1024 * 1024,
         log_file_backup_count: int = 5,
@@ -82,7 +87,6 @@ class TaskManager:
         retry_replaces_original: bool = True,
     ) -> None:
         self.snapshot_interval = snapshot_interval
-        self.retention_days = retention_days
         self.shutdown_timeout = shutdown_timeout
         self.registry = TaskRegistry()
         self.backend = snapshot_backend or open_backend(snapshot_db)
@@ -91,12 +95,14 @@ class TaskManager:
         executors: dict[str, Executor] = {
             "async": AsyncExecutor(max_concurrent_tasks),
             "thread": ThreadExecutor(max_sync_threads),
+            "process": ProcessExecutor(max_process_workers, process_shutdown_timeout),
         }
         self.journal = Journal(self.backend, self.instance_id, clock=clock)
         cipher = make_cipher(encrypt_args_key)
         carried = CarriedContexts()
         self.queues = declared_queues(queues, max_size)
-        self.runner = Runner(self.registry, executors, self.journal, clock, cipher)
+        self.injector = Injector()
+        self.runner = Runner(self.registry, executors, self.journal, clock, cipher, self.injector)
         self.dispatcher = Dispatcher(self.registry, executors, self.runner, self.journal, carried)
         self.journal.attach(self.dispatcher)
         self.store = TaskStore(
@@ -109,6 +115,21 @@ class TaskManager:
             queues=self.queues,
             retry_replaces_original=retry_replaces_original,
         )
+        observers = list(loggers or ())
+        if log_file is not None:
+            observers.append(
+                FileLogger(
+                    log_file,
+                    max_bytes=log_file_max_bytes,
+                    backup_count=log_file_backup_count,
+                    mode=log_file_mode,
+                    log_lifecycle=log_lifecycle,
+                )
+            )
+        self.observers = ObserverChain(observers)
+        if self.observers:
+            self.journal.listeners.append(self.observers.turned)
+            self.journal.log_listeners.append(self.observers.logged)
         self.lease_seconds = LEASE_SECONDS
         self.retention_days = retention_days
         self.requeue_pending = requeue_pending
@@ -235,8 +256,7 @@ class TaskManager:
 
     def init_app(self, app: FastAPI) -> None:
         """Runs with this app's lifespan, after its own start-up and until before its own shutdown. Adds no routes."""
-        from .admin import install_error_handlers, join_lifespan
-
+        self.injector.app = app
         join_lifespan(app, self.lifespan)
         install_error_handlers(app)
 
@@ -252,6 +272,7 @@ class TaskManager:
         """Waits a moment for the database; one that is away does not keep the app from starting."""
         if self._housekeeping is not None:
             return
+        refuse_in_starting_worker()
         me = introduce(self.instance_id, "1", self.clock())
         self._housekeeping = Housekeeping(
             self.backend,
@@ -266,6 +287,7 @@ class TaskManager:
             retention_days=self.retention_days,
             lease_seconds=self.lease_seconds,
         )
+        self.observers.start()
         self.journal.start()
         self._housekeeping.start()
         with contextlib.suppress(TimeoutError):
@@ -295,6 +317,8 @@ class TaskManager:
         await self.journal.flush(monotonic() + LAST_WRITES)
         await housekeeping.sign_off()
         await self.journal.stop()
+        await self.observers.stop()
+        await self.dispatcher.wait_closed()
 
 
 def declared_queues(queues: Mapping[str, QueueConfig] | None, max_size: int | None) -> dict[str, QueueConfig]:

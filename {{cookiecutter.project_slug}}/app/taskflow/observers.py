@@ -1,10 +1,10 @@
 """Who is told what tasks did: the events, the port for observers, and the chain that feeds them.
 
-Owns one bounded queue and one loop for each observer. The journal calls the chain after a committed turn; the chain puts
-events in the queues and returns. The invariant: an observer that is slow, raises or hangs costs nobody but itself.
+Owns one bounded queue and one loop for each observer. The journal calls the chain after a committed turn; the chain
+puts events in the queues and returns. The invariant: an observer that is slow, raises or hangs costs nobody but itself.
 
-Any object with some of `TaskObserver`'s methods is an observer. Its coroutines share the event loop with everything else,
-so a blocking call in them belongs in a thread; a plain method is run in one.
+Any object with some of `TaskObserver`'s methods is an observer. Its coroutines share the event loop with everything
+else, so a blocking call in them belongs in a thread; a plain method is run in one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from .backends.base import Claimed, Finish, LogLine, Moved, TurnResult
 from .errors import TaskflowError
 from .loops import Loop
-from .models import EventKind, TaskStatus
+from .models import TaskStatus
 
 logger = logging.getLogger("taskflow")
 
@@ -59,7 +59,7 @@ class LogEvent:
 
 @dataclass(frozen=True, slots=True)
 class LifecycleEvent:
-    """One change of status, stored: RUNNING when an attempt starts, PENDING when another one will follow, or how it ended.
+    """One change of status, stored: RUNNING when an attempt starts, PENDING when another will follow, or how it ended.
 
     `attempt` counts from 0. `duration` is seconds since the attempt started; None when it starts, or never did.
     """
@@ -131,6 +131,11 @@ class ObserverChain:
         for channel in self._channels:
             channel.start()
 
+    async def delivered(self) -> None:
+        """Returns when every observer was told all that was offered so far."""
+        for channel in self._channels:
+            await channel.delivered()
+
     async def stop(self) -> None:
         """Delivers what waits and closes the observers; those that do not end in time are left behind."""
         if not self._channels:
@@ -201,10 +206,13 @@ class Channel:
         self._idle.clear()
         self._wake.set()
 
+    async def delivered(self) -> None:
+        await self._idle.wait()
+
     async def stop(self, deadline: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, deadline - monotonic())):
-                await self._idle.wait()
+                await self.delivered()
         self._stopping = True
         await self._loop.stop()
         self._say_what_was_lost()
@@ -226,11 +234,12 @@ class Channel:
             self._idle.set()
         await asyncio.sleep(0)  # an observer that never waits must not keep the event loop to itself
 
-    async def _call(self, name: str, *args: object, patience: float = PATIENCE) -> None:
+    async def _call(self, name: str, *args: object, patience: float | None = None) -> None:
         hook = self._hooks.get(name)
         if hook is None:
             return
-        limit = asyncio.timeout(patience)
+        seconds = PATIENCE if patience is None else patience
+        limit = asyncio.timeout(seconds)
         try:
             async with limit:
                 await hook(*args)
@@ -239,7 +248,7 @@ class Channel:
                 raise
             self._report(name, error)  # the observer's own: it must not end this loop
         except Exception as error:  # noqa: BLE001 - around an observer: its failure is its own
-            self._report(name, TimeoutError(f"did not end within {patience:g} s") if limit.expired() else error)
+            self._report(name, TimeoutError(f"did not end within {seconds:g} s") if limit.expired() else error)
         if self._stopping and self._is_cancelled():  # the observer swallowed the end of its loop
             raise asyncio.CancelledError
 

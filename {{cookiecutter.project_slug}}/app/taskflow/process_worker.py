@@ -110,7 +110,7 @@ def answer(request: Request, pipe: Connection, registry: TaskRegistry) -> Return
 
 
 def definition_of(request: Request, registry: TaskRegistry) -> TaskDefinition:
-    """The task of that name; its module is imported by the first call. Raises TaskflowError, or what the import raises."""
+    """The task of that name; the first call imports its module. Raises TaskflowError, or what the import raises."""
     with suppress(UnknownFunction):
         return registry.named(request.name)
     function = getattr(importlib.import_module(request.module), request.function, None)

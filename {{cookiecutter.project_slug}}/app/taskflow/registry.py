@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ConfigDict, PydanticUserError, ValidationError, validate_call
 
 from . import codec
+from .dependencies import Dependencies, dependencies_of
 from .errors import TaskArgumentError, TaskflowError, UnknownFunction
 from .models import ExecutorKind, TaskConfig
 
@@ -33,6 +34,8 @@ class TaskDefinition:
     executor: ExecutorKind
     check: Callable[..., Call] = field(repr=False)
     """Called like the function; returns the arguments as their annotations say, or raises ValidationError."""
+    dependencies: Dependencies | None = None
+    """Parameters that FastAPI resolves for each attempt: they are no arguments."""
 
     @property
     def max_attempts(self) -> int:
@@ -40,6 +43,9 @@ class TaskDefinition:
 
     def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The stored form of a call, checked against the signature. Raises TaskArgumentError."""
+        for name in self.dependencies.names & kwargs.keys() if self.dependencies else ():
+            rule = "is resolved by Depends when the task runs, it cannot be passed"
+            raise TaskArgumentError(self.name, name, kwargs[name], rule)
         args, kwargs = self._checked(args, kwargs)
         try:
             return codec.encode_call(args, kwargs)
@@ -80,7 +86,8 @@ class TaskDefinition:
     def _parameter(self, place: int | str) -> str:
         if isinstance(place, str):
             return place
-        names = list(inspect.signature(self.function).parameters)
+        signature = self.dependencies.arguments if self.dependencies else inspect.signature(self.function)
+        names = list(signature.parameters)
         return names[place] if place < len(names) else str(place)
 
 
@@ -100,7 +107,15 @@ class TaskRegistry:
                 f"two task functions are named {name!r}: {where(taken.function)} and {where(function)}; "
                 "give one of them another name with @task_manager.task(name=...)"
             )
-        definition = TaskDefinition(name, function, config, executor_for(function, config), argument_check(function))
+        executor = executor_for(function, config)
+        dependencies = dependencies_of(function)
+        if dependencies is not None and executor == "process":
+            raise TaskflowError(
+                f"{where(function)}: executor='process' cannot run a function with Depends "
+                f"({', '.join(sorted(dependencies.names))}), because what they open does not cross to another process"
+            )
+        check = argument_check(function, dependencies)
+        definition = TaskDefinition(name, function, config, executor, check, dependencies)
         self._by_name[name] = self._by_function[function] = definition
         self.executors[name] = definition.executor
         return definition
@@ -142,18 +157,26 @@ def executor_for(function: TaskFunction, config: TaskConfig) -> ExecutorKind:
         raise TaskflowError(f"{where(function)} is an async def: executor={wanted!r} cannot run it, leave it out")
     if not is_async and wanted == "async":
         raise TaskflowError(f"{where(function)} is a plain def: executor='async' would block the event loop")
+    if wanted == "process" and not (inspect.isfunction(function) and function.__qualname__.isidentifier()):
+        raise TaskflowError(
+            f"{where(function)} is not a function at the top level of a module: executor='process' cannot run it, "
+            "because a worker process finds it by importing its module"
+        )
     return wanted
 
 
-def argument_check(function: TaskFunction) -> Callable[..., Call]:
+def argument_check(function: TaskFunction, dependencies: Dependencies | None = None) -> Callable[..., Call]:
     """A function of the same signature that returns its arguments, checked and converted as they are annotated."""
+    injected = dependencies.names if dependencies else frozenset[str]()
 
     @functools.wraps(function)
     def arguments(*args: Any, **kwargs: Any) -> Call:
         return args, kwargs
 
     hints = getattr(function, "__annotations__", {})
-    arguments.__annotations__ = {name: hint for name, hint in hints.items() if name != "return"}
+    arguments.__annotations__ = {name: hint for name, hint in hints.items() if name not in {"return", *injected}}
+    if dependencies is not None:
+        arguments.__signature__ = dependencies.arguments  # type: ignore[attr-defined]
     try:
         check: Callable[..., Call] = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(arguments)
         return check

@@ -17,15 +17,17 @@ from . import codec
 from .backends.base import Claimed, Finish
 from .cipher import Cipher, PlainText
 from .context import TaskContext, TaskSink, current
+from .dependencies import Injector
 from .errors import CancelTask, RetryLater, UnknownFunction, UnreadableCall
 from .executors import Call, Executor
+from .journal import clean
 from .models import EventKind, TaskConfig, TaskStatus
 from .registry import TaskDefinition, TaskRegistry
-from .retry import seconds_until_retry
+from .retry import LONGEST_DELAY, seconds_until_retry
 from .tracing import attempt_span
 
-LARGEST_RESULT = 64 * 1024
-"""Characters of JSON; a larger result is dropped with a warning in the task's log."""
+LARGEST_RESULT = codec.LARGEST_RESULT
+"""A larger result is dropped with a warning in the task's log."""
 LONGEST_ERROR = 4_000
 LONGEST_STACKTRACE = 32_000
 MOST_RETRY_LATER = 1_000
@@ -67,6 +69,11 @@ class Attempt:
     task: Claimed
     context: TaskContext
     stopped_by: Literal["operator", "shutdown"] | None = None
+    closing: bool = False
+    """True once its function has ended and its dependencies are being closed: nothing is left to be stopped."""
+
+    def close(self) -> None:
+        self.closing = True
 
 
 class Runner:
@@ -77,7 +84,9 @@ class Runner:
         sink: TaskSink,
         clock: Callable[[], datetime],
         cipher: Cipher | None = None,
+        injector: Injector | None = None,
     ) -> None:
+        self._injector = injector or Injector()
         self.retries_wait = True
         """False in tests: a retry is due at once."""
         self._cipher = cipher or PlainText()
@@ -108,13 +117,15 @@ class Runner:
             arguments = self._cipher.open(attempt.task.arguments, attempt.task.task_id, attempt.task.name)
         except ValueError as error:
             return Failed(UnreadableCall(attempt.task.name, error), final=True)
-        call = Call(definition, arguments, attempt.context)
         executor = self._executors[definition.executor]
         seconds = definition.config.timeout
         limit = asyncio.timeout(seconds)
+        call = Call(definition, arguments, attempt.context, limit=limit if seconds is not None else None)
         current.set(attempt.context)
         try:
-            if seconds is None:
+            if definition.dependencies is not None:
+                value = await self._inject(attempt, executor, call, limit)
+            elif seconds is None:
                 value = await executor.run(call)
             else:
                 async with limit:
@@ -135,19 +146,23 @@ class Runner:
             current.set(None)
         return stopped(attempt) or Succeeded(self._stored(attempt, value))
 
+    async def _inject(self, attempt: Attempt, executor: Executor, call: Call, limit: asyncio.Timeout) -> Any:
+        """Runs the call with what its dependencies resolve to, and returns when they are closed."""
+        assert call.definition.dependencies is not None
+        return await self._injector.run(
+            call.definition.dependencies,
+            lambda injected: executor.run(replace(call, injected=injected)),
+            limit,
+            attempt.close,
+        )
+
     def _stored(self, attempt: Attempt, value: Any) -> str | None:
-        if value is None:
-            return None
         try:
-            text = codec.encode(value)
-        except (codec.CannotStore, RecursionError) as error:
+            text = codec.encode_result(value)
+        except codec.CannotStore as error:
             self._sink.log(attempt.context, "warning", f"the result was not stored: {error}", {})
             return None
-        if len(text) > LARGEST_RESULT:
-            note = f"the result was not stored: {len(text)} characters, more than {LARGEST_RESULT}"
-            self._sink.log(attempt.context, "warning", note, {})
-            return None
-        return self._cipher.seal(text, attempt.task.task_id, attempt.task.name)
+        return None if text is None else self._cipher.seal(text, attempt.task.task_id, attempt.task.name)
 
 
 def stopped(attempt: Attempt) -> Outcome | None:
@@ -174,7 +189,7 @@ def decide(task: Claimed, config: TaskConfig, outcome: Outcome, now: datetime) -
             reason = "the service stopped while it ran"
             return Finish(task, EventKind.INTERRUPTED, TaskStatus.INTERRUPTED, now, error=reason, excused=True)
         case Postponed(seconds) if task.excused < MOST_RETRY_LATER:
-            run_at = now + timedelta(seconds=seconds)
+            run_at = now + timedelta(seconds=min(seconds, LONGEST_DELAY))
             return Finish(task, EventKind.RETRYING, TaskStatus.PENDING, now, run_at=run_at, excused=True)
         case Postponed():
             return failed(task, RuntimeError(f"asked to be retried later {MOST_RETRY_LATER} times"), None, now)
@@ -201,8 +216,8 @@ def failed(task: Claimed, error: BaseException, retry_at: datetime | None, now: 
         TaskStatus.PENDING if retried else TaskStatus.FAILED,
         now,
         run_at=retry_at,
-        error=text_of(error)[:LONGEST_ERROR],
-        stacktrace="".join(traceback.format_exception(error))[-LONGEST_STACKTRACE:],
+        error=clean(text_of(error)[:LONGEST_ERROR]),
+        stacktrace=clean(stack_of(error)[-LONGEST_STACKTRACE:]),
     )
 
 
@@ -212,3 +227,10 @@ def text_of(error: BaseException) -> str:
         return str(error) or type(error).__name__
     except Exception:  # noqa: BLE001 - user code: __str__
         return type(error).__name__
+
+
+def stack_of(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error))
+    except Exception as broken:  # noqa: BLE001 - user code: an error class whose own attributes raise
+        return f"{type(error).__name__}, whose traceback cannot be shown: {type(broken).__name__}\n"

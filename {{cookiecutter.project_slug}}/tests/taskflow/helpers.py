@@ -38,6 +38,8 @@ from app.taskflow.registry import TaskRegistry
 PATIENCE = 10.0
 """Seconds that a test waits for something that should happen at once."""
 START = datetime(2026, 1, 1, tzinfo=UTC)
+IDLE = Demand({}, {"thread": 1})
+"""Of an instance that could start something, but knows no task: it makes ready what is due, and claims nothing."""
 _numbers = itertools.count(1)
 
 OUTCOMES: Mapping[TaskStatus, EventKind] = {
@@ -146,10 +148,9 @@ class Bench:
         slots: int | Mapping[str, int] = 100,
         *,
         names: Mapping[str, str] | None = None,
-        queues: Mapping[str, int] | None = None,
     ) -> Sequence[Claimed]:
         kinds = {"thread": slots} if isinstance(slots, int) else slots
-        demand = Demand(names if names is not None else {"job": "thread"}, kinds, queues or {})
+        demand = Demand(names if names is not None else {"job": "thread"}, kinds)
         return (await self.turn(demand=demand)).claimed
 
     async def claim_one(self) -> Claimed:

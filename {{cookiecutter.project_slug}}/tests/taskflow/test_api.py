@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -14,6 +13,7 @@ from fastapi import BackgroundTasks, FastAPI
 from fastapi.testclient import TestClient
 
 from app.taskflow import ManagedBackgroundTasks, TaskAdmin, TaskManager
+from app.taskflow import manager as manager_module
 from app.taskflow.models import TaskStatus
 from app.taskflow.store import Metrics
 from app.taskflow.web import records
@@ -50,6 +50,13 @@ RECORD = {
 def running() -> Iterator[Service]:
     with service() as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Service]:
+    """For questions that change nothing."""
+    with service() as shared:
+        yield shared
 
 
 def ids(running: Service, query: str = "") -> list[str]:
@@ -192,15 +199,14 @@ def test_filters_must_all_hold(running: Service) -> None:
         "&".join(f"tag=a:{n}" for n in range(50)),
     ],
 )
-def test_a_query_that_is_not_understood_is_422(running: Service, query: str) -> None:
-    response = running.client.get(f"/tasks?{query}")
+def test_a_query_that_is_not_understood_is_422(shared: Service, query: str) -> None:
+    response = shared.client.get(f"/tasks?{query}")
     assert response.status_code == 422
     assert response.json()["detail"]
 
 
-def test_the_list_is_at_the_path_with_and_without_a_slash(running: Service) -> None:
-    running.client.follow_redirects = True
-    assert running.client.get("/tasks/").json() == []
+def test_the_list_is_at_the_path_with_and_without_a_slash(shared: Service) -> None:
+    assert shared.client.get("/tasks/", follow_redirects=True).json() == shared.client.get("/tasks").json() == []
 
 
 # -- one task
@@ -208,9 +214,9 @@ def test_the_list_is_at_the_path_with_and_without_a_slash(running: Service) -> N
 
 @pytest.mark.parametrize("task_id", [str(uuid4()), "no-such-id", "%00", "x" * 5_000, "%F0%9F%8E%89", "a'b"])
 @pytest.mark.parametrize("route", ["GET ", "GET /events", "GET /logs", "POST /cancel", "POST /retry"])
-def test_an_unknown_id_is_404(running: Service, task_id: str, route: str) -> None:
+def test_an_unknown_id_is_404(shared: Service, task_id: str, route: str) -> None:
     method, _, rest = route.partition(" ")
-    response = running.client.request(method, f"/tasks/{task_id}{rest}")
+    response = shared.client.request(method, f"/tasks/{task_id}{rest}")
     assert response.status_code == 404
     assert response.json()["detail"]
 
@@ -279,8 +285,8 @@ def test_metrics_count_every_status(running: Service) -> None:
         ("text/html,application/xhtml+xml,*/*;q=0.8", False),
     ],
 )
-def test_metrics_are_prometheus_text_for_those_who_ask(running: Service, accept: str, text: bool) -> None:
-    response = running.client.get("/tasks/metrics", headers={"accept": accept})
+def test_metrics_are_prometheus_text_for_those_who_ask(shared: Service, accept: str, text: bool) -> None:
+    response = shared.client.get("/tasks/metrics", headers={"accept": accept})
     assert response.headers["content-type"].startswith("text/plain" if text else "application/json")
 
 
@@ -309,22 +315,22 @@ def test_health_and_readiness_of_a_service_that_works(running: Service) -> None:
     assert running.client.get("/tasks/ready").status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("broken", "reason"),
-    [
-        (lambda manager: setattr(manager.journal, "last_error", "disk full"), "disk full"),
-        (lambda manager: setattr(manager.journal, "last_turn", 0.0), "stands still"),
-    ],
-)
-def test_a_service_that_cannot_work_is_healthy_but_not_ready(running: Service, broken: Any, reason: str) -> None:
+def test_a_service_whose_disk_is_full_is_healthy_but_not_ready_until_it_is_not(running: Service) -> None:
+    with running.disk_full():
+        response = running.client.get("/tasks/ready")
+        assert response.status_code == 503
+        assert "disk full" in response.json()["detail"]
+        assert response.headers["retry-after"]
+        assert running.client.get("/tasks/health").status_code == 200
     running.run("add_up", 1, 2)
-    running.manager.journal.wake = lambda: None  # type: ignore[method-assign]
-    broken(running.manager)
+    assert running.client.get("/tasks/ready").status_code == 200
+
+
+def test_a_service_whose_writer_stands_still_is_not_ready(running: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager_module, "STANDSTILL", 0.0)
     response = running.client.get("/tasks/ready")
     assert response.status_code == 503
-    assert reason in response.json()["detail"]
-    assert response.headers["retry-after"]
-    assert running.client.get("/tasks/health").status_code == 200
+    assert "stands still" in response.json()["detail"]
 
 
 def test_a_service_that_was_not_started_is_not_ready_and_answers_503() -> None:
@@ -348,8 +354,8 @@ def test_a_backend_that_is_away_is_503_and_not_ready(tmp_path: Path) -> None:
             assert response.headers["retry-after"]
 
 
-def test_routes_are_in_openapi_and_pages_are_not(running: Service) -> None:
-    paths = running.client.get("/openapi.json").json()["paths"]
+def test_routes_are_in_openapi_and_pages_are_not(shared: Service) -> None:
+    paths = shared.client.get("/openapi.json").json()["paths"]
     assert {"/tasks", "/tasks/{task_id}", "/tasks/{task_id}/retry", "/tasks/metrics"} <= set(paths)
     assert not [path for path in paths if "dashboard" in path or "auth" in path]
 

@@ -35,6 +35,13 @@ def closed() -> Iterator[Service]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def shut() -> Iterator[Service]:
+    """For requests that never get a session."""
+    with service(auth=ADA, secret_key="a key of the team") as running:
+        yield running
+
+
 def log_in(running: Service, username: str = "ada", password: str = "lovelace", **headers: str) -> Any:
     form = {"username": username, "password": password}
     return running.client.post("/tasks/auth/login", data=form, headers=headers)
@@ -59,18 +66,18 @@ def log_in(running: Service, username: str = "ada", password: str = "lovelace", 
         "GET /tasks/dashboard/stream",
     ],
 )
-def test_without_a_session_every_route_is_401(closed: Service, route: str) -> None:
+def test_without_a_session_every_route_is_401(shut: Service, route: str) -> None:
     method, _, address = route.partition(" ")
-    response = closed.client.request(method, address)
+    response = shut.client.request(method, address)
     assert response.status_code == 401
     assert response.json()["detail"]
 
 
-def test_no_route_was_forgotten(closed: Service) -> None:
+def test_no_route_was_forgotten(shut: Service) -> None:
     open_to_all = ("/auth/login", "/dashboard/static/")
-    for address, operations in closed.client.get("/openapi.json").json()["paths"].items():
+    for address, operations in shut.client.get("/openapi.json").json()["paths"].items():
         for method in operations:
-            response = closed.client.request(method, address.replace("{task_id}", "x"))
+            response = shut.client.request(method, address.replace("{task_id}", "x"))
             assert response.status_code == 401 or any(part in address for part in open_to_all), address
 
 
@@ -85,8 +92,8 @@ def test_without_a_session_pages_lead_to_the_login_and_back(closed: Service, add
     assert answer.headers["location"] == f"/tasks{address}".replace(" ", "%20")
 
 
-def test_a_refreshing_part_of_a_page_is_told_to_go_to_the_login(closed: Service) -> None:
-    response = closed.client.get("/tasks/dashboard", headers={"hx-request": "true"})
+def test_a_refreshing_part_of_a_page_is_told_to_go_to_the_login(shut: Service) -> None:
+    response = shut.client.get("/tasks/dashboard", headers={"hx-request": "true"})
     assert response.status_code == 401
     assert response.headers["hx-redirect"] == "/tasks/auth/login"
 
@@ -168,9 +175,9 @@ def test_a_token_that_was_touched_is_worth_nothing(change: Callable[[str], str])
     assert sessions.read(change(sessions.issue("ada"))) is None
 
 
-def test_a_cookie_of_any_bytes_is_401(closed: Service) -> None:
+def test_a_cookie_of_any_bytes_is_401(shut: Service) -> None:
     for value in (b"\xff.\xff", b"a.b.c", b".", b"e30.e30"):
-        response = closed.client.get("/tasks", headers=[(b"cookie", b"taskflow_token=" + value)])
+        response = shut.client.get("/tasks", headers=[(b"cookie", b"taskflow_token=" + value)])
         assert response.status_code == 401
 
 

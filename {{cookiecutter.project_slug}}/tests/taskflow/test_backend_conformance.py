@@ -18,10 +18,11 @@ import pytest
 
 from app.taskflow import BackendUnavailable, TaskStatus
 from app.taskflow.backends import Backend, open_backend
-from app.taskflow.backends.base import Claimed, Demand, LogLine, Progress, Requeue
-from app.taskflow.models import RETRYABLE, TRANSITIONS, Cursor, EventKind, TaskFilter
+from app.taskflow.backends.base import Claimed, DeclareQueues, Demand, EditQueue, LogLine, Progress, Requeue
+from app.taskflow.models import RETRYABLE, TRANSITIONS, Cursor, EventKind, QueueConfig, TaskFilter
 
 from .helpers import (
+    IDLE,
     START,
     Bench,
     all_tasks,
@@ -249,16 +250,10 @@ async def test_what_arrives_does_not_overtake_what_waits(bench: Bench, waiting: 
 
 
 async def test_of_several_arrivals_the_most_urgent_start_first(bench: Bench) -> None:
-    drafts = [make_draft(priority=priority, queue=queue) for priority in (None, 2, 1) for queue in ("a", "b")]
+    drafts = [make_draft(priority=priority) for priority in (None, 2, 1)]
     later = make_draft(run_at=bench.now + timedelta(seconds=1), priority=9)
-    result = await bench.turn(
-        drafts=[later, *drafts], demand=Demand({"job": "thread"}, {"thread": 9}, {"a": 2, "b": 1})
-    )
-    assert [(task.queue, task.task_id) for task in result.claimed] == [
-        ("a", drafts[2].task_id),
-        ("b", drafts[3].task_id),
-        ("a", drafts[4].task_id),
-    ]
+    result = await bench.turn(drafts=[later, *drafts], demand=Demand({"job": "thread"}, {"thread": 2}))
+    assert [task.task_id for task in result.claimed] == [drafts[1].task_id, drafts[2].task_id]
     assert result.next_due == later.run_at
     await assert_counters_match_rows(bench.backend, bench.now)
 
@@ -293,12 +288,6 @@ async def test_no_more_is_claimed_than_an_executor_has_slots_for(bench: Bench) -
         assert min(slots.values()) >= 0
     assert slots == {"thread": 0, "async": 0, "process": 0}
     assert {task.name for task in await bench.claim({"thread": 2}, names=names)} == {"slow"}
-
-
-async def test_no_more_is_claimed_than_a_queue_has_room_for(bench: Bench) -> None:
-    await bench.accept(*[make_draft(queue=queue) for queue in ("mail", "images", "free") * 6])
-    claimed = await bench.claim(50, queues={"mail": 2, "images": 0})
-    assert Counter(task.queue for task in claimed) == {"mail": 2, "free": 6}
 
 
 async def test_demand_is_met_over_several_turns_however_much_waits(bench: Bench) -> None:
@@ -340,6 +329,142 @@ async def test_a_name_this_instance_does_not_know_is_never_claimed(bench: Bench)
     assert [task.name for task in await bench.claim(1, names={"of_a_newer_deploy": "thread"})] == ["of_a_newer_deploy"]
 
 
+# -- queues
+
+
+def declared(**queues: QueueConfig) -> dict[str, Any]:
+    return {"commands": [DeclareQueues(queues)]}
+
+
+async def edit(bench: Bench, name: str, kind: EventKind = EventKind.UPDATE_QUEUE, **changes: Any) -> None:
+    await bench.turn(commands=[EditQueue(name, kind, changes, None)])
+
+
+async def test_no_more_tasks_of_a_queue_run_than_it_allows_on_all_instances_together(bench: Bench) -> None:
+    await bench.turn(**declared(mail=QueueConfig(concurrency=3)))
+    await bench.accept(*[make_draft(queue=queue) for queue in ("mail", "free") * 6])
+    here = await bench.claim(6)
+    other = Bench(bench.backend, "two", now=bench.now)
+    there = await other.claim(50)
+    assert Counter(task.queue for task in [*here, *there]) == {"mail": 3, "free": 6}
+    assert await bench.claim() == []
+    mail = next(task for task in here if task.queue == "mail")
+    await bench.finish(mail)
+    assert [task.queue for task in await other.claim()] == ["mail"]
+    await assert_counters_match_rows(bench.backend, bench.now)
+
+
+async def test_a_queue_of_one_runs_its_tasks_strictly_in_their_order(bench: Bench) -> None:
+    await bench.turn(**declared(strict=QueueConfig(concurrency=1)))
+    drafts = [make_draft(queue="strict") for _ in range(5)]
+    order = []
+    result = await bench.turn(drafts=drafts, demand=Demand({"job": "thread"}, {"thread": 9}))
+    while result.claimed:
+        (task,) = result.claimed
+        order.append(task.task_id)
+        result = await bench.turn(
+            finishes=[make_finish(task, TaskStatus.SUCCESS, bench.now)],
+            demand=Demand({"job": "thread"}, {"thread": 9}),
+        )
+    assert order == [draft.task_id for draft in drafts]
+
+
+async def test_a_full_queue_rejects_and_keeps_what_it_rejected(bench: Bench) -> None:
+    await bench.turn(**declared(small=QueueConfig(max_size=2)))
+    drafts = [make_draft(queue="small") for _ in range(4)]
+    result = await bench.accept(*drafts)
+    assert result.rejected == {draft.task_id: 2 for draft in drafts[2:]}
+    assert [await bench.status(draft.task_id) for draft in drafts] == ["pending"] * 2 + ["rejected"] * 2
+    assert await bench.kinds(drafts[3].task_id) == ["rejected"]
+    assert [task.task_id for task in await bench.claim()] == [draft.task_id for draft in drafts[:2]]
+    assert (await bench.accept(make_draft(queue="small"))).rejected == {}
+    await assert_counters_match_rows(bench.backend, bench.now)
+
+
+async def test_delayed_tasks_and_retries_take_no_place_in_a_full_queue(bench: Bench) -> None:
+    await bench.turn(**declared(small=QueueConfig(max_size=1)))
+    for _ in range(3):
+        assert not (await bench.accept(make_draft(queue="small", run_at=bench.now + timedelta(hours=1)))).rejected
+    await bench.add(queue="small", max_attempts=2)
+    task = await bench.claim_one()
+    await bench.finish(task, TaskStatus.PENDING, run_at=bench.now + timedelta(hours=1))
+    assert not (await bench.accept(make_draft(queue="small"))).rejected
+    assert (await bench.accept(make_draft(queue="small"))).rejected
+
+
+async def test_what_starts_at_once_takes_no_place_in_its_queue(bench: Bench) -> None:
+    await bench.turn(**declared(small=QueueConfig(max_size=1)))
+    drafts = [make_draft(queue="small") for _ in range(4)]
+    result = await bench.turn(drafts=drafts, demand=Demand({"job": "thread"}, {"thread": 2}))
+    assert [task.task_id for task in result.claimed] == [draft.task_id for draft in drafts[:2]]
+    assert set(result.rejected) == {drafts[3].task_id}
+    await assert_counters_match_rows(bench.backend, bench.now)
+
+
+async def test_an_operator_can_requeue_what_a_full_queue_rejected(bench: Bench) -> None:
+    await bench.turn(**declared(small=QueueConfig(max_size=1)))
+    drafts = [make_draft(queue="small") for _ in range(2)]
+    await bench.accept(*drafts)
+    assert (await bench.requeue(drafts[1].task_id)).before is TaskStatus.REJECTED
+    assert [task.task_id for task in await bench.claim()] == [draft.task_id for draft in drafts]
+    await assert_counters_match_rows(bench.backend, bench.now)
+
+
+async def test_a_paused_queue_takes_tasks_and_starts_none_until_it_is_resumed(bench: Bench) -> None:
+    await edit(bench, "mail", EventKind.PAUSE_QUEUE, paused=True, reason="maintenance")
+    result = await bench.turn(
+        drafts=[draft := make_draft(queue="mail")], demand=Demand({"job": "thread"}, {"thread": 9})
+    )
+    assert result.claimed == []
+    assert await bench.claim() == []
+    (state,) = await bench.backend.queues()
+    assert (state.name, state.paused, state.reason, state.pending) == ("mail", True, "maintenance", 1)
+    await edit(bench, "mail", EventKind.RESUME_QUEUE, paused=False, reason=None)
+    assert [task.task_id for task in await bench.claim()] == [draft.task_id]
+
+
+async def test_an_edit_of_a_busy_queue_takes_effect_at_once_and_never_freezes_it(bench: Bench) -> None:
+    await bench.turn(**declared(mail=QueueConfig(concurrency=4)))
+    await bench.accept(*[make_draft(queue="mail") for _ in range(9)])
+    running = list(await bench.claim())
+    assert len(running) == 4
+    await edit(bench, "mail", concurrency=1)
+    while len(running) > 1:
+        await bench.finish(running.pop())
+        assert await bench.claim() == []
+    await bench.finish(running.pop())
+    assert len(await bench.claim()) == 1
+    await edit(bench, "mail", concurrency=None)
+    assert len(await bench.claim()) == 4
+
+
+async def test_an_operator_s_edit_outlives_a_restart_until_the_code_says_something_else(bench: Bench) -> None:
+    async def concurrency() -> int | None:
+        return next(state.concurrency for state in await bench.backend.queues() if state.name == "mail")
+
+    await bench.turn(**declared(mail=QueueConfig(concurrency=4)))
+    await edit(bench, "mail", concurrency=9)
+    await bench.turn(**declared(mail=QueueConfig(concurrency=4)))
+    assert await concurrency() == 9
+    await bench.turn(**declared(mail=QueueConfig(concurrency=5)))
+    assert await concurrency() == 5
+
+
+async def test_another_instance_s_edit_is_seen_by_the_next_turn(shared_location: str) -> None:
+    here, there = open_backend(shared_location), open_backend(shared_location)
+    await here.open()
+    await there.open()
+    one, two = Bench(here, "one"), Bench(there, "two")
+    await one.turn(**declared(mail=QueueConfig(concurrency=1)))
+    await two.accept(*[make_draft(queue="mail") for _ in range(3)])
+    assert len(await two.claim()) == 1
+    await edit(one, "mail", concurrency=2)
+    assert len(await two.claim()) == 1
+    assert await one.claim() == []
+    await here.close()
+    await there.close()
+
+
 # -- tasks for later
 
 
@@ -356,14 +481,15 @@ async def test_a_delayed_task_is_not_claimed_before_its_time_and_is_when_due(ben
 
 
 async def test_next_due_is_when_the_next_waiting_task_may_start(bench: Bench) -> None:
-    assert (await bench.turn()).next_due is None
+    assert (await bench.turn(demand=IDLE)).next_due is None
     soon, later = START + timedelta(seconds=5), START + timedelta(days=400)
     await bench.add(run_at=later)
-    assert (await bench.accept(make_draft(run_at=soon))).next_due == soon
+    assert (await bench.turn(drafts=[make_draft(run_at=soon)], demand=IDLE)).next_due == soon
+    assert (await bench.turn(drafts=[make_draft(run_at=later)], demand=IDLE)).next_due == soon
     bench.now = soon
-    assert (await bench.turn()).next_due == later
+    assert (await bench.turn(demand=IDLE)).next_due == later
     bench.now = later
-    assert (await bench.turn()).next_due is None
+    assert (await bench.turn(demand=IDLE)).next_due is None
 
 
 async def test_any_number_of_tasks_may_become_due_at_once(bench: Bench) -> None:
@@ -371,7 +497,8 @@ async def test_any_number_of_tasks_may_become_due_at_once(bench: Bench) -> None:
     await bench.accept(*[make_draft(run_at=due) for _ in range(2_500)])
     bench.now = due
     turns = 0
-    while (result := await bench.turn()).next_due is not None:
+    assert await bench.backend.due(bench.now) > 0
+    while (result := await bench.turn(demand=IDLE)).next_due is not None:
         assert result.next_due <= due
         turns += 1
         assert turns < 10
@@ -382,7 +509,7 @@ async def test_any_number_of_tasks_may_become_due_at_once(bench: Bench) -> None:
 async def test_a_cancelled_delayed_task_never_becomes_due(bench: Bench) -> None:
     task_id = await bench.add(run_at=START + timedelta(seconds=5))
     await bench.cancel(task_id)
-    assert (await bench.turn()).next_due is None
+    assert (await bench.turn(demand=IDLE)).next_due is None
     bench.pass_time(10)
     assert await bench.claim() == []
     await assert_counters_match_rows(bench.backend, bench.now)
@@ -569,6 +696,18 @@ async def test_each_transition_leaves_one_event_in_order_with_its_attempt_and_in
     ]
     assert events[2].detail == "boom"
     assert [event.seq for event in events] == sorted({event.seq for event in events})
+
+
+async def test_the_events_of_one_turn_follow_the_order_of_its_parts(bench: Bench) -> None:
+    drafts = [make_draft() for _ in range(30)]
+    await bench.accept(*drafts)
+    tasks = await bench.claim()
+    await bench.turn(finishes=[make_finish(task, TaskStatus.SUCCESS, bench.now) for task in tasks])
+    ids = [draft.task_id for draft in drafts]
+    events = await bench.backend.events_after(0, 1_000)
+    assert [(event.kind, event.task_id) for event in events] == [
+        (kind, task_id) for kind in ("accepted", "started", "succeeded") for task_id in ids
+    ]
 
 
 async def test_the_event_feed_goes_on_after_any_number_and_misses_none(bench: Bench) -> None:

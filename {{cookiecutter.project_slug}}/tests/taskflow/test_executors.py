@@ -81,15 +81,16 @@ async def test_a_thread_runs_beside_the_event_loop_with_the_context_of_its_calle
     executor.close()
 
 
-async def test_stop_iteration_from_a_thread_is_that_task_s_failure() -> None:
+@pytest.mark.parametrize("error", [StopIteration, GeneratorExit])
+async def test_what_a_future_cannot_carry_is_that_task_s_failure_all_the_same(error: type[BaseException]) -> None:
     executor = ThreadExecutor()
 
     def stop() -> None:
-        raise StopIteration("enough")
+        raise error("enough")
 
-    with pytest.raises(RuntimeError, match="StopIteration") as raised:
+    with pytest.raises(RuntimeError, match=error.__name__) as raised:
         await executor.run(make_call(stop))
-    assert isinstance(raised.value.__cause__, StopIteration)
+    assert isinstance(raised.value.__cause__, error)
     executor.close()
 
 

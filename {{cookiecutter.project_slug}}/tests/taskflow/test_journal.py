@@ -301,6 +301,18 @@ async def test_a_flush_writes_what_waits_and_gives_up_at_its_deadline(journal: J
     assert 0.1 <= monotonic() - began < 1
 
 
+async def test_a_flush_with_nothing_to_write_does_not_wait_for_a_database_that_is_away(
+    journal: Journal, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "pause_after", lambda failures: 0.05)
+    backend.go_away()
+    journal.wake()
+    await eventually(lambda: journal.last_error)
+    began = monotonic()
+    await journal.flush(began + 5)
+    assert monotonic() - began < 1
+
+
 # -- finishes are retried for ever
 
 

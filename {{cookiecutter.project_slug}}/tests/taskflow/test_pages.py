@@ -32,14 +32,15 @@ def running() -> Iterator[Service]:
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def full() -> Iterator[Service]:
-    """With a page and more of tasks of several fates."""
+    """With a page and more of tasks of several fates; shared, so nobody changes it."""
     with service(display_func_args=True) as full:
-        for n in range(45):
-            full.add("add_up", n, n, tags={"tenant": f"customer-{n}"})
+        added = [full.add("add_up", n, n, tags={"tenant": f"customer-{n}"}) for n in range(45)]
         for n in range(12):
             full.run("charge_card", n)
+        for task_id in added:
+            full.ended(task_id)
         full.add("add_up", 1, 2, delay_seconds=600)
         full.add("fail_slowly")
         wait_until(full, full.add("wait_for_gate"), "running")
@@ -82,9 +83,8 @@ def test_the_overview_lists_the_newest_tasks_and_groups_what_failed(full: Servic
 
 
 def test_a_service_that_is_not_ready_says_so_on_its_overview(full: Service) -> None:
-    full.manager.journal.wake = lambda: None  # type: ignore[method-assign]
-    full.manager.journal.last_error = "disk full"
-    assert "Not ready: the task backend is away: disk full" in show(full).text
+    with full.disk_full():
+        assert "Not ready: the task backend is away: disk full" in show(full).text
 
 
 # -- the list
@@ -125,8 +125,8 @@ def test_nothing_found_leads_back_to_everything(full: Service) -> None:
 
 
 @pytest.mark.parametrize("before", ["x", "1_%00", "99999999999999999999_a"])
-def test_a_broken_cursor_is_a_page_that_says_so(running: Service, before: str) -> None:
-    assert "Not understood" in page(running.client.get(f"/tasks/dashboard/tasks?before={before}"), 422).text
+def test_a_broken_cursor_is_a_page_that_says_so(full: Service, before: str) -> None:
+    assert "Not understood" in page(full.client.get(f"/tasks/dashboard/tasks?before={before}"), 422).text
 
 
 @pytest.mark.parametrize("q", ["%00", "%ff", '"', "status:", "since:99999d", "x" * 3_000, "name:%3Cscript%3E", ":::"])
@@ -207,11 +207,12 @@ def test_a_running_task_shows_its_progress_and_its_log_goes_on(running: Service)
     assert not [name for _, name, _ in last.attributes if name == "hx-get"], "nothing is asked for after the end"
 
 
-def test_arguments_are_hidden_unless_the_team_allows_them(running: Service, full: Service) -> None:
+def test_arguments_are_hidden_unless_the_team_allows_them(running: Service) -> None:
     assert "Hidden." in show(running, f"/tasks/{running.run('add_up', 41, b=1)}").text
-    document = show(full, f"/tasks/{full.run('add_up', 41, b=1)}")
-    assert '[ 41 ] { "b": 1 }' in document.text
-    assert '{ "sum": 42 }' in document.text
+    with service(display_func_args=True) as frank:
+        document = show(frank, f"/tasks/{frank.run('add_up', 41, b=1)}")
+        assert '[ 41 ] { "b": 1 }' in document.text
+        assert '{ "sum": 42 }' in document.text
 
 
 def test_a_task_whose_function_is_gone_waits_for_a_process_that_knows_it(tmp_path: Path) -> None:
@@ -228,14 +229,14 @@ def test_a_task_whose_function_is_gone_waits_for_a_process_that_knows_it(tmp_pat
 
 
 @pytest.mark.parametrize("task_id", ["nope", "01a20a52-8666-77f3-8543-36ee0f3f9343", "%00", "%F0%9F%8E%89"])
-def test_an_unknown_task_is_a_page_with_a_way_back(running: Service, task_id: str) -> None:
-    document = page(running.client.get(f"/tasks/dashboard/tasks/{task_id}"), 404)
+def test_an_unknown_task_is_a_page_with_a_way_back(full: Service, task_id: str) -> None:
+    document = page(full.client.get(f"/tasks/dashboard/tasks/{task_id}"), 404)
     assert ERROR_WORDS[404] in document.text
     assert "/tasks/dashboard/tasks" in document.links.values()
 
 
-def test_an_unknown_page_is_a_page(running: Service) -> None:
-    assert ERROR_WORDS[404] in page(running.client.get("/tasks/dashboard/queues/x"), 404).text
+def test_an_unknown_page_is_a_page(full: Service) -> None:
+    assert ERROR_WORDS[404] in page(full.client.get("/tasks/dashboard/queues/x"), 404).text
 
 
 def test_a_backend_that_is_away_is_a_page_that_says_so(tmp_path: Path) -> None:
@@ -370,20 +371,20 @@ def test_links_hold_behind_a_prefix(way: str) -> None:
 # -- static files
 
 
-def test_static_files_are_kept_by_browsers_until_they_change(running: Service) -> None:
-    address = next(value for _, name, value in show(running).attributes if value.endswith(".css") or ".css?" in value)
-    response = running.client.get(address)
+def test_static_files_are_kept_by_browsers_until_they_change(full: Service) -> None:
+    address = next(value for _, name, value in show(full).attributes if value.endswith(".css") or ".css?" in value)
+    response = full.client.get(address)
     assert response.headers["content-type"] == "text/css; charset=utf-8"
     assert "immutable" in response.headers["cache-control"]
-    again = running.client.get(urlsplit(address).path, headers={"if-none-match": response.headers["etag"]})
+    again = full.client.get(urlsplit(address).path, headers={"if-none-match": response.headers["etag"]})
     assert again.status_code == 304
-    plain = running.client.get(address, headers={"accept-encoding": "identity"})
+    plain = full.client.get(address, headers={"accept-encoding": "identity"})
     assert plain.content == (STATIC / "app.css").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["../pages.py", "..%2f..%2fpages.py", "vendor/README.md", "nothing.css", "%00", ""])
-def test_only_static_files_are_served(running: Service, name: str) -> None:
-    assert running.client.get(f"/tasks/dashboard/static/{name}").status_code == 404
+def test_only_static_files_are_served(full: Service, name: str) -> None:
+    assert full.client.get(f"/tasks/dashboard/static/{name}").status_code == 404
 
 
 def test_vendored_files_are_the_ones_their_readme_names() -> None:

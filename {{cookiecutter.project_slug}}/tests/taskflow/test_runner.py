@@ -12,7 +12,7 @@ from app.taskflow import CancelTask, RetryLater, TaskStatus, get_task_context, t
 from app.taskflow import runner as runner_module
 from app.taskflow.backends.base import Claimed, Finish
 from app.taskflow.codec import decode
-from app.taskflow.executors import AsyncExecutor, ThreadExecutor
+from app.taskflow.executors import AsyncExecutor, Executor, ThreadExecutor
 from app.taskflow.models import EventKind, TaskConfig
 from app.taskflow.registry import TaskRegistry
 from app.taskflow.retry import LONGEST_DELAY
@@ -68,7 +68,7 @@ class Stage:
     def __init__(self) -> None:
         self.words = Words()
         self.registry = TaskRegistry()
-        self.executors = {"async": AsyncExecutor(), "thread": ThreadExecutor()}
+        self.executors: dict[str, Executor] = {"async": AsyncExecutor(), "thread": ThreadExecutor()}
         self.runner = Runner(self.registry, self.executors, self.words, lambda: START + timedelta(seconds=1))
 
     def begin(self, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Attempt, Awaitable[Finish]]:
@@ -272,7 +272,7 @@ class Lying(SyntaxError):
         (ExceptionGroup("both", [ValueError("a"), KeyError("b")]), "both (2 sub-exceptions)"),
         (SystemExit(3), "3"),
         (KeyboardInterrupt(), "KeyboardInterrupt"),
-        (GeneratorExit(), "GeneratorExit"),
+        (GeneratorExit(), None),
         (asyncio.CancelledError(), "CancelledError"),
         (ValueError("nul \0 and \ud800"), "nul \N{REPLACEMENT CHARACTER} and ?"),
         (Wild(), None),

@@ -18,7 +18,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
-from app.taskflow import QueueConfig, TaskAdmin, TaskFailed, TaskManager, get_task_context, task_log
+from app.taskflow import BackendUnavailable, QueueConfig, TaskAdmin, TaskFailed, TaskManager, get_task_context, task_log
+from app.taskflow.backends.base import Turn, TurnResult
 
 VOID = frozenset({"meta", "link", "input", "br", "hr", "img"})
 
@@ -113,6 +114,20 @@ class Service:
     def run(self, name: str, *args: Any, **options: Any) -> str:
         """The id of a new task that has ended."""
         return self.ended(self.add(name, *args, **options))
+
+    @contextmanager
+    def disk_full(self) -> Iterator[None]:
+        """While it lasts, nothing can be written; reading goes on."""
+
+        async def refuse(_turn: Turn) -> TurnResult:
+            raise BackendUnavailable("disk full")
+
+        writes = self.manager.backend.turn
+        self.manager.backend.turn = refuse  # type: ignore[method-assign, assignment]
+        while self.client.get(f"{self.admin.path}/ready").status_code == 200:
+            pass  # until the journal has tried, a second at most
+        yield
+        self.manager.backend.turn = writes  # type: ignore[method-assign]
 
     def ended(self, task_id: str) -> str:
         with contextlib.suppress(TaskFailed):

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
@@ -78,21 +79,18 @@ class QueueBook:
 
 
 class Levels:
-    """How many tasks are ready and running, by queue and name; kept up to date while a turn changes them."""
+    """How many tasks are ready and running, by queue and name, at one moment of a turn."""
 
-    def __init__(self, rows: Iterable[tuple[str, str, str, int]] = ()) -> None:
+    def __init__(self, counts: Iterable[tuple[str, str, str, int]]) -> None:
         self._names: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.pending: Counter[str] = Counter()
         self.running: Counter[str] = Counter()
-        for queue, name, status, n in rows:
-            self.add(queue, name, status, n)
-
-    def add(self, queue: str, name: str, status: str, n: int) -> None:
-        if status == TaskStatus.PENDING:
-            self._names[queue][name] += n
-            self.pending[queue] += n
-        elif status == TaskStatus.RUNNING:
-            self.running[queue] += n
+        for queue, name, status, n in counts:
+            if status == TaskStatus.PENDING:
+                self._names[queue][name] += n
+                self.pending[queue] += n
+            elif status == TaskStatus.RUNNING:
+                self.running[queue] += n
 
     def waiting(self, queue: str) -> set[str]:
         """Names of which tasks are ready in that queue."""
@@ -147,7 +145,7 @@ class TurnWriter:
         self._book = book
         self._turn = turn
         self._at = to_micros(turn.now)
-        self._levels = Levels()
+        self._counts_before: Sequence[tuple[str, str, str, int]] = ()
         self._stopping: list[str] = []
         self._withdrawn: list[str] = []
         self._moved: list[Moved] = []
@@ -158,13 +156,14 @@ class TurnWriter:
     def write(self, rotation: int) -> TurnResult:
         """`rotation` changes from turn to turn, and with it the queue that is served first."""
         turn = self._turn
-        self._levels = Levels(self._sql.levels.run(self._cursor).fetchall())
+        self._counts_before = self._sql.levels.run(self._cursor).fetchall()
         refused = self._record(turn.finishes) if turn.finishes else frozenset()
         answers = [self._obey(command) for command in turn.commands]
         self._book.refresh(self._cursor, self._sql)
-        room = Room(turn.demand, self._book.queues, self._levels) if turn.demand else None
-        admitted = self._admit(turn.drafts, room) if turn.drafts else Admitted()
-        next_due = self._stage() if room else None
+        next_due = self._stage() if turn.demand else None  # before the arrivals, which must not overtake what is due
+        levels = self._levels()
+        room = Room(turn.demand, self._book.queues, levels) if turn.demand else None
+        admitted = self._admit(turn.drafts, room, levels) if turn.drafts else Admitted()
         claimed, more = self._claim(room, rotation) if room else ([], False)
         claimed = [*admitted.started, *claimed]
         if turn.held is not None:
@@ -183,12 +182,20 @@ class TurnWriter:
             moved=self._moved,
             stopping=self._stopping,
             more=more,
-            next_due=next_due,
+            next_due=self._earliest(next_due) if turn.demand else None,
             queues=self._queues_now(),
         )
 
     def _queues_now(self) -> Mapping[str, QueueState]:
-        return {name: replace(state, pending=self._levels.pending[name]) for name, state in self._book.queues.items()}
+        if not self._book.queues:
+            return {}
+        pending = self._levels().pending
+        return {name: replace(state, pending=pending[name]) for name, state in self._book.queues.items()}
+
+    def _levels(self) -> Levels:
+        """This turn's own changes included."""
+        changes = ((queue, name, status, n) for (queue, name, status), n in self._counts.items())
+        return Levels(chain(self._counts_before, changes))
 
     # -- record
 
@@ -228,17 +235,19 @@ class TurnWriter:
 
     # -- admit
 
-    def _admit(self, drafts: Sequence[Draft], room: Room | None) -> Admitted:
+    def _admit(self, drafts: Sequence[Draft], room: Room | None, levels: Levels) -> Admitted:
         """Stores the drafts. Those for which there is a slot at once are stored as running, those for which their
         queue has no place are stored as rejected."""
         unique = {draft.task_id: draft for draft in drafts}
-        at_once = self._startable(unique.values(), room) if room else frozenset()
+        at_once = self._startable(unique.values(), room, levels) if room else frozenset()
         status: dict[str, str] = dict.fromkeys(at_once, TaskStatus.RUNNING)
-        status |= self._waiting_status([draft for draft in unique.values() if draft.task_id not in at_once])
+        waiting = [draft for draft in unique.values() if draft.task_id not in at_once]
+        status |= self._waiting_status(waiting, levels)
         rows = [self._draft_row(draft, status[task_id]) for task_id, draft in unique.items()]
         written = {task_id for (task_id,) in self._sql.admit.run_rows(self._cursor, rows).fetchall()}
-        for task_id in unique.keys() & written:
-            self._admitted(unique[task_id], status[task_id])
+        for task_id, draft in unique.items():
+            if task_id in written:
+                self._admitted(draft, status[task_id])
         existing = unique.keys() - written
         if existing:
             self._rearm([unique[task_id] for task_id in existing])
@@ -264,16 +273,16 @@ class TurnWriter:
             self._event(EventKind.STARTED, draft.task_id, 1)
         self._move(draft.queue, draft.name, None, status)
 
-    def _startable(self, drafts: Collection[Draft], room: Room) -> frozenset[str]:
+    def _startable(self, drafts: Collection[Draft], room: Room, levels: Levels) -> frozenset[str]:
         """Drafts that would be claimed in this very turn: nothing waits before them in their queue."""
-        due = [draft for draft in drafts if self._is_due(draft) and not self._levels.pending[draft.queue]]
+        due = [draft for draft in drafts if self._is_due(draft) and not levels.pending[draft.queue]]
         due.sort(key=lambda draft: (-(draft.priority or 0), draft.run_at, draft.task_id))
         return frozenset(draft.task_id for draft in due if room.take(draft.queue, draft.name))
 
-    def _waiting_status(self, drafts: Sequence[Draft]) -> dict[str, str]:
+    def _waiting_status(self, drafts: Sequence[Draft], levels: Levels) -> dict[str, str]:
         """Pending, delayed, or rejected where the queue already holds its `max_size` of ready tasks."""
         status: dict[str, str] = {}
-        ready = Counter(self._levels.pending)
+        ready = Counter(levels.pending)
         for draft in drafts:
             state = self._book.queues.get(draft.queue)
             if draft.rejected_by is not None:
@@ -482,14 +491,20 @@ class TurnWriter:
         later = [draft.run_at for draft in drafts if draft.run_at > self._turn.now]
         return min([*later, next_due] if next_due else later, default=None)
 
+    def _earliest(self, next_due: datetime | None) -> datetime | None:
+        """With what arrived after the look at what is due."""
+        later = [draft.run_at for draft in self._turn.drafts if draft.run_at > self._turn.now]
+        return min([*later, next_due] if next_due else later, default=None)
+
     def _claim(self, room: Room, rotation: int) -> tuple[list[Claimed], bool]:
         """Takes what may start, queue by queue; says whether there may be more that could."""
-        queues = self._levels.queues()
+        levels = self._levels()
+        queues = levels.queues()
         first = rotation % len(queues) if queues else 0
         chosen: list[str] = []
         more = False
         for queue in queues[first:] + queues[:first]:
-            waiting = self._levels.waiting(queue)
+            waiting = levels.waiting(queue)
             names, most = room.startable(waiting), room.free(queue)
             if names and most:
                 candidates = self._ready(queue, names, waiting, most)
@@ -561,9 +576,7 @@ class TurnWriter:
     def _move(self, queue: str, name: str, before: str | None, after: str) -> None:
         if before is not None:
             self._counts[queue, name, before] -= 1
-            self._levels.add(queue, name, before, -1)
         self._counts[queue, name, after] += 1
-        self._levels.add(queue, name, after, 1)
 
     def _count_time(self, row: Row[Any], status: str, until: int, sign: int = 1) -> None:
         """The time from a task's last start to its end counts under the status it ended with."""

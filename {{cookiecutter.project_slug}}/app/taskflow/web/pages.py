@@ -225,17 +225,21 @@ class FunctionRow:
 
 def functions(counts: Iterable[Count]) -> list[FunctionRow]:
     """Task functions with what became of their tasks, the most used first."""
-    by_name: dict[str, Counter[TaskStatus]] = {}
-    ran: dict[str, float] = {}
+    by_name: dict[str, list[Count]] = {}
     for count in counts:
-        by_name.setdefault(count.name, Counter())[count.status] += count.n
-        ran[count.name] = ran.get(count.name, 0.0) + count.seconds
-    rows = []
-    for name, by_status in by_name.items():
-        ended = sum(by_status[status] for status in (TaskStatus.SUCCESS, TaskStatus.FAILED))
-        parts = charts.stacked(by_status, 100.0, smallest=2.0)
-        rows.append(FunctionRow(name, by_status.total(), by_status, ran[name] / ended if ended else None, parts))
+        by_name.setdefault(count.name, []).append(count)
+    rows = [function_row(name, found) for name, found in by_name.items()]
     return sorted(rows, key=lambda row: (-row.total, row.name))
+
+
+def function_row(name: str, counts: Sequence[Count]) -> FunctionRow:
+    by_status: Counter[TaskStatus] = Counter()
+    for count in counts:
+        by_status[count.status] += count.n
+    ended = [count for count in counts if count.status in (TaskStatus.SUCCESS, TaskStatus.FAILED)]
+    n = sum(count.n for count in ended)
+    mean = sum(count.seconds for count in ended) / n if n else None
+    return FunctionRow(name, by_status.total(), by_status, mean, charts.stacked(by_status, 100.0, smallest=2.0))
 
 
 # -- the list's chips

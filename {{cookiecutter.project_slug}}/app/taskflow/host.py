@@ -1,0 +1,52 @@
+"""The app that the task system is a guest of: its lifespan, and what it answers when a route lets an error through.
+
+Called by `TaskManager.init_app` and by `TaskAdmin`. FastAPI itself is not patched: two apps in one process keep apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from .errors import (
+    BackendUnavailable,
+    QueueFullError,
+    QueueNotFound,
+    TaskArgumentError,
+    TaskflowError,
+    TaskNotFound,
+    TaskStateError,
+    UnknownFunction,
+)
+
+STATUS_CODES: dict[type[TaskflowError], int] = {
+    TaskArgumentError: 422,
+    QueueFullError: 429,
+    BackendUnavailable: 503,
+    TaskNotFound: 404,
+    QueueNotFound: 404,
+    TaskStateError: 400,
+    UnknownFunction: 409,
+}
+
+
+def join_lifespan(app: FastAPI, lifespan: Callable[[Any], Any]) -> None:
+    """Enters `lifespan` inside the app's own: after its start-up, and left before its shutdown."""
+    app.include_router(APIRouter(lifespan=lifespan))
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """What a route lets through becomes the answer its name promises, not a 500."""
+    for error in STATUS_CODES:
+        app.add_exception_handler(error, answer_error)
+
+
+def answer_error(_request: Request, error: Exception) -> JSONResponse:
+    headers = {}
+    if isinstance(error, BackendUnavailable | QueueFullError):
+        headers["Retry-After"] = str(BackendUnavailable.retry_after)
+    status = next(code for kind, code in STATUS_CODES.items() if isinstance(error, kind))
+    return JSONResponse({"detail": str(error)}, status, headers)

@@ -1,0 +1,222 @@
+"""Who is alive, and what the dead left behind: real processes, and leases on a clock that the test moves."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.taskflow import TaskManager, TaskStatus
+from app.taskflow import housekeeping as housekeeping_module
+from app.taskflow.backends import open_backend
+from app.taskflow.backends.base import Instance
+from app.taskflow.housekeeping import birth_of, introduce, is_gone, machine_name
+from app.taskflow.models import utc_now
+
+from .conftest import StartManager
+from .helpers import PATIENCE, START, Bench, eventually, make_instance
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def instance_of(pid: int, instance_id: str = "other") -> Instance:
+    return make_instance(instance_id, machine=machine_name(), pid=pid, birth=birth_of(pid) or "")
+
+
+# -- telling the dead from the living
+
+
+def test_this_process_introduces_itself_and_is_not_gone() -> None:
+    me = introduce("me", "1", START)
+    assert (me.instance_id, me.pid, me.started) == ("me", os.getpid(), START)
+    assert me.birth
+    assert not is_gone(me, machine_name())
+
+
+def test_a_process_is_gone_when_it_has_ended_and_not_before(child: subprocess.Popen[bytes]) -> None:
+    other = instance_of(child.pid)
+    assert not is_gone(other, machine_name())
+    child.kill()
+    child.wait()
+    assert is_gone(other, machine_name())
+
+
+def test_a_process_that_died_is_gone_although_its_parent_has_not_noticed(child: subprocess.Popen[bytes]) -> None:
+    other = instance_of(child.pid)
+    child.kill()
+    deadline = time.monotonic() + PATIENCE
+    while not is_gone(other, machine_name()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_stopped_process_is_not_gone(child: subprocess.Popen[bytes]) -> None:
+    other = instance_of(child.pid)
+    child.send_signal(signal.SIGSTOP)
+    os.waitpid(child.pid, os.WUNTRACED)
+    assert not is_gone(other, machine_name())
+
+
+def test_a_pid_that_another_process_has_now_is_a_process_that_is_gone() -> None:
+    mine = instance_of(os.getpid())
+    earlier = make_instance("earlier", machine=mine.machine, pid=mine.pid, birth=str(int(mine.birth) - 1))
+    assert is_gone(earlier, machine_name())
+
+
+@pytest.mark.parametrize("machine", ["another machine", ""])
+def test_nobody_judges_the_processes_of_another_machine(machine: str) -> None:
+    elsewhere = make_instance("elsewhere", machine=machine, pid=2**22 + 1, birth="1")
+    assert not is_gone(elsewhere, machine_name())
+    assert not is_gone(elsewhere, "")
+
+
+# -- rescue
+
+
+async def leave_running(file: Path, instance: Instance, *, lease_seconds: float, requeue: bool = False) -> str:
+    """A task that an instance has claimed, and will not finish."""
+    backend = open_backend(str(file))
+    await backend.open()
+    bench = Bench(backend, instance.instance_id, now=utc_now())
+    bench.beat(lease_seconds, instance)
+    task_id = await bench.add("left", requeue=requeue, executor="async")
+    await bench.claim(1, names={"left": "thread"})
+    assert await bench.status(task_id) is TaskStatus.RUNNING
+    await backend.close()
+    return task_id
+
+
+def define(manager: TaskManager) -> None:
+    @manager.task(name="left", requeue_on_interrupt=True)
+    async def left() -> str:
+        return "done by another"
+
+
+async def test_what_a_gone_process_left_is_rescued_at_once_whatever_its_lease(
+    start_manager: StartManager, tmp_path: Path, child: subprocess.Popen[bytes]
+) -> None:
+    other = instance_of(child.pid)
+    plain = await leave_running(tmp_path / "tasks.db", other, lease_seconds=3600)
+    again = await leave_running(tmp_path / "tasks.db", other, lease_seconds=3600, requeue=True)
+    child.kill()
+    child.wait()
+    manager = await start_manager(define)
+    assert await manager.result(again, PATIENCE) == "done by another"
+    assert (await manager.store.get(plain)).status is TaskStatus.INTERRUPTED
+
+
+async def test_what_a_live_process_runs_is_left_alone_and_is_rescued_when_it_dies(
+    start_manager: StartManager, tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping_module, "RESCUE_INTERVAL", 0.02)
+    task_id = await leave_running(tmp_path / "tasks.db", instance_of(child.pid), lease_seconds=3600)
+    looks = 0
+    manager = TaskManager(snapshot_db=str(tmp_path / "tasks.db"))
+    lapsed = manager.backend.lapsed
+
+    def counted(now: object) -> object:
+        nonlocal looks
+        looks += 1
+        return lapsed(now)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(manager.backend, "lapsed", counted)
+    async with manager.lifespan():
+        await eventually(lambda: looks > 5)
+        assert (await manager.store.get(task_id)).status is TaskStatus.RUNNING
+        child.kill()
+
+        async def interrupted() -> bool:
+            return (await manager.store.get(task_id)).status is TaskStatus.INTERRUPTED
+
+        await eventually(interrupted)
+
+
+async def test_what_another_machine_runs_is_rescued_when_its_lease_has_lapsed_and_not_before(
+    start_manager: StartManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping_module, "RESCUE_INTERVAL", 0.02)
+    elsewhere = make_instance("elsewhere", machine="another", pid=1, birth="1")
+    task_id = await leave_running(tmp_path / "tasks.db", elsewhere, lease_seconds=30)
+    manager = await start_manager(define)
+    early = manager.clock() + timedelta(seconds=29)
+    lapsed = manager.backend.lapsed
+    asked = []
+
+    def at(moment: object) -> object:
+        asked.append(moment)
+        return lapsed(early if len(asked) < 10 else early + timedelta(seconds=2))
+
+    monkeypatch.setattr(manager.backend, "lapsed", at)
+    statuses = set()
+
+    async def interrupted() -> bool:
+        before = len(asked)
+        status = (await manager.store.get(task_id)).status
+        if before < 10:
+            statuses.add(status)
+        return status is TaskStatus.INTERRUPTED
+
+    await eventually(interrupted)
+    assert len(asked) >= 10
+    assert statuses == {TaskStatus.RUNNING}
+
+
+# -- the lease of this process
+
+
+async def test_the_heartbeat_goes_on_while_a_task_blocks_the_event_loop(start_manager: StartManager) -> None:
+    def quick_lease(manager: TaskManager) -> None:
+        manager.lease_seconds = 0.3
+
+        @manager.task
+        async def blocks() -> float:
+            time.sleep(1.0)  # noqa: ASYNC251 - what a task must not do, and some do
+            return 1.0
+
+    manager = await start_manager(quick_lease)
+    seen: list[bool] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            seen.extend(lapsed for _, lapsed in manager.backend.lapsed(utc_now()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert await manager.result(await manager.enqueue(blocks_of(manager)), PATIENCE) == 1.0
+    stop.set()
+    await asyncio.to_thread(watcher.join)
+    assert len(seen) > 10
+    assert not any(seen)
+
+
+def blocks_of(manager: TaskManager) -> Any:
+    return manager.registry.named("blocks").function
+
+
+async def test_a_process_that_stops_cleanly_leaves_nothing_to_wait_for(
+    start_manager: StartManager, tmp_path: Path
+) -> None:
+    manager = await start_manager(define)
+    assert [instance.instance_id for instance, _ in manager.backend.lapsed(utc_now())] == [manager.instance_id]
+    await manager.shutdown()
+    backend = open_backend(str(tmp_path / "tasks.db"))
+    await backend.open()
+    assert backend.lapsed(utc_now() + timedelta(days=1)) == []
+    await backend.close()

@@ -1,0 +1,271 @@
+"""What SQLite must do besides the contract: promise durability, use its indexes, say no to what it cannot be."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from app.taskflow import BackendUnavailable, QueueConfig, TaskflowError, TaskStatus
+from app.taskflow.backends import open_backend
+from app.taskflow.backends.base import DeclareQueues, LogLine, Progress, Purge
+from app.taskflow.models import Cursor, TaskFilter
+
+from .helpers import START, Bench, all_tasks, make_draft
+
+pytestmark = pytest.mark.anyio
+
+GROWING = ("taskflow_task", "taskflow_event", "taskflow_log")
+"""Tables that grow with all that has ever run. The others grow with names, queues and processes."""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "tasks.db"
+
+
+class Spy:
+    """Every statement that any engine runs, with one set of its parameters."""
+
+    def __init__(self) -> None:
+        self.statements: dict[str, Any] = {}
+
+    def execute(self, sql: str, parameters: Any) -> None:
+        self.statements.setdefault(sql, parameters)
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
+    spy = Spy()
+
+    class SpyConnection(sqlite3.Connection):
+        def cursor(self, *args: Any) -> Any:
+            return super().cursor(SpyCursor)
+
+    class SpyCursor(sqlite3.Cursor):
+        def execute(self, sql: str, parameters: Any = ()) -> Any:
+            spy.execute(sql, parameters)
+            return super().execute(sql, parameters)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(
+        sqlite3.dbapi2, "connect", lambda *args, **kwargs: connect(*args, **kwargs, factory=SpyConnection)
+    )
+    yield spy
+
+
+async def live(bench: Bench) -> None:
+    """A little of everything that a service asks for all the time."""
+    backend = bench.backend
+    await bench.turn(commands=[DeclareQueues({"slow": QueueConfig(concurrency=2, max_size=50)})])
+    drafts = [make_draft(at=bench.now, queue=queue, max_attempts=2) for queue in ("default", "slow") * 20]
+    await bench.accept(*drafts, make_draft("unknown"), make_draft(run_at=START + timedelta(seconds=1)))
+    again = make_draft(task_id=drafts[0].task_id, key="k")
+    await bench.accept(again)
+    bench.pass_time(2)
+    one, two, three, four, *_ = await bench.claim(10)
+    await bench.turn(
+        logs=[LogLine(one.task_id, bench.now, "info", 0, "hello", {})],
+        progress=[Progress(one.task_id, 1, {"done": 1})],
+    )
+    await bench.finish(one)
+    await bench.finish(two, TaskStatus.PENDING, run_at=bench.now + timedelta(seconds=5))
+    await bench.finish(three, TaskStatus.FAILED, error="x")
+    await bench.cancel(four.task_id)
+    await bench.cancel(drafts[-1].task_id)
+    await bench.requeue(three.task_id)
+    await bench.turn(held=frozenset())
+    bench.beat()
+    backend.lapsed(bench.now)
+    await bench.rescue("one", "nobody")
+    await bench.turn(commands=[Purge(bench.now + timedelta(days=1), 10)])
+    await backend.get(one.task_id)
+    await backend.events(one.task_id)
+    await backend.events_after(3, 10)
+    await backend.last_seq()
+    await backend.logs(one.task_id, 0, 10)
+    await backend.counts()
+    await backend.queues()
+    await backend.due(bench.now)
+    await backend.instances()
+    await backend.cancels("one")
+    await backend.arguments([one.task_id])
+    before = Cursor(bench.now, "task-5")
+    for where in (
+        TaskFilter(),
+        TaskFilter(statuses=(TaskStatus.PENDING, TaskStatus.FAILED)),
+        TaskFilter(func_name="job"),
+        TaskFilter(queue="slow"),
+        TaskFilter(func_name="job", queue="slow"),
+        TaskFilter(statuses=(TaskStatus.SUCCESS,), func_name="job", source="manual"),
+        TaskFilter(since=START, until=bench.now, tags=(("a", "b"),)),
+        TaskFilter(text="x"),
+    ):
+        await backend.page(where, None, 10)
+        await backend.page(where, before, 10)
+    backend.leave("one")
+
+
+async def test_no_statement_of_daily_life_walks_through_a_table_that_grows(file: Path, spy: Spy) -> None:
+    backend = open_backend(str(file))
+    await backend.open()
+    spy.statements.clear()
+    await live(Bench(backend))
+    await backend.close()
+
+    asked = {
+        sql: parameters
+        for sql, parameters in spy.statements.items()
+        if re.match("SELECT|UPDATE|DELETE|INSERT|WITH", sql)
+    }
+    assert len(asked) > 40
+    bad = []
+    with closing(sqlite3.connect(file)) as connection:
+        for sql, parameters in asked.items():
+            for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {sql}", parameters):
+                # A walk along an index is fine where a LIMIT ends it: only pages and the next due time ask like that.
+                scan = re.match(rf"SCAN ({'|'.join(GROWING)})\b(?! USING (COVERING )?INDEX)", step)
+                walk = re.match(rf"SCAN ({'|'.join(GROWING)})\b", step) and "LIMIT" not in sql
+                if scan or walk or ("TEMP B-TREE" in step and "taskflow_event" in sql):
+                    bad.append((step, sql))
+    assert not bad, json.dumps(bad, indent=1)
+
+
+async def test_the_cost_of_a_claim_and_of_a_page_does_not_grow_with_what_has_run(file: Path) -> None:
+    """Counted in steps of SQLite's own machine, so that no other load on the computer can disturb it."""
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    def watch(connection: sqlite3.Connection, _record: object) -> None:
+        connection.set_progress_handler(count, 10)
+
+    async def cost(bench: Bench) -> int:
+        nonlocal steps
+        await bench.add()
+        steps = 0
+        await bench.finish(await bench.claim_one())
+        await bench.backend.page(TaskFilter(), None, 20)
+        await bench.backend.page(TaskFilter(statuses=(TaskStatus.FAILED, TaskStatus.PENDING)), None, 20)
+        await bench.backend.counts()
+        return steps
+
+    sa.event.listen(sa.Engine, "connect", watch)
+    try:
+        backend = open_backend(str(file))
+        await backend.open()
+        bench = Bench(backend)
+        for _ in range(30):
+            await bench.become(TaskStatus.FAILED)
+        few = await cost(bench)
+        for _ in range(10):
+            await bench.accept(*[make_draft(at=bench.now) for _ in range(500)])
+            while claimed := await bench.claim(500):
+                for task in claimed[:1]:
+                    await bench.finish(task, TaskStatus.FAILED)
+        many = await cost(bench)
+        await backend.close()
+    finally:
+        sa.event.remove(sa.Engine, "connect", watch)
+    assert few > 10
+    assert many < 1.3 * few
+
+
+async def test_a_commit_survives_a_power_loss(file: Path, spy: Spy) -> None:
+    backend = open_backend(str(file))
+    await backend.open()
+    await Bench(backend).add()
+    with closing(sqlite3.connect(file)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    await backend.close()
+    assert any(re.fullmatch(r"PRAGMA synchronous ?= ?FULL", sql) for sql in spy.statements)
+    assert not any(re.match(r"PRAGMA synchronous ?= ?(NORMAL|OFF)", sql) for sql in spy.statements)
+
+
+async def test_a_newer_schema_is_refused_and_left_as_it_is(file: Path) -> None:
+    backend = open_backend(str(file))
+    await backend.open()
+    await backend.close()
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("INSERT INTO taskflow_schema_version VALUES (999)")
+        connection.commit()
+    with pytest.raises(TaskflowError, match="999"):
+        await open_backend(str(file)).open()
+
+
+async def test_opening_twice_changes_nothing(file: Path) -> None:
+    def schema() -> list[Any]:
+        with closing(sqlite3.connect(file)) as connection:
+            return connection.execute("SELECT * FROM sqlite_master ORDER BY name").fetchall()
+
+    backend = open_backend(str(file))
+    await backend.open()
+    before = schema()
+    await backend.open()
+    assert schema() == before
+    await backend.close()
+
+
+async def test_a_file_that_is_no_database_is_an_error_that_names_the_trouble(file: Path) -> None:
+    file.write_bytes(b"certainly not a database" * 100)
+    with pytest.raises((BackendUnavailable, TaskflowError), match="not a database"):
+        await open_backend(str(file)).open()
+
+
+async def test_a_broken_row_shows_what_can_be_read_and_stops_nobody(file: Path) -> None:
+    backend = open_backend(str(file))
+    await backend.open()
+    bench = Bench(backend)
+    broken, good = await bench.add(), await bench.add()
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute(
+            "UPDATE taskflow_task SET tags = '{broken', arguments = 'no json', progress = '[' WHERE task_id = ?",
+            [broken],
+        )
+        connection.commit()
+    assert [record.task_id for record in await all_tasks(backend)] == [good, broken]
+    assert (await bench.get(broken)).tags == {}
+    assert [task.task_id for task in await bench.claim()] == [broken, good]
+    await backend.close()
+
+
+@pytest.mark.parametrize("location", ["mysql://somewhere/db", "nonsense://", "oracle+x://a"])
+def test_a_url_without_backend_is_refused_with_the_ones_there_are(location: str) -> None:
+    with pytest.raises(TaskflowError, match="sqlite"):
+        open_backend(location)
+
+
+def test_a_password_in_a_url_is_never_shown() -> None:
+    with pytest.raises(TaskflowError) as refused:
+        open_backend("mysql://user:s3cret@somewhere/db")
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("location", ["{file}", "sqlite:///{file}"])
+async def test_a_path_and_a_url_mean_the_same_file(file: Path, location: str) -> None:
+    backend = open_backend(location.format(file=file))
+    await backend.open()
+    await Bench(backend).add()
+    await backend.close()
+    assert file.exists()
+
+
+async def test_two_databases_in_memory_are_two() -> None:
+    one, two = open_backend(None), open_backend(None)
+    await one.open()
+    await two.open()
+    await Bench(one).add()
+    assert await all_tasks(two) == []
+    await one.close()
+    await two.close()
