@@ -9,7 +9,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .venv/bin/uv
 
 # Bakes the default project and serves it. A second run keeps the project's database, lock file and environment.
 run: .venv/.ready
-	.venv/bin/cookiecutter . --no-input --default-config --overwrite-if-exists --output-dir build >/dev/null
+	@.venv/bin/cookiecutter . --no-input --default-config --overwrite-if-exists --output-dir build >/dev/null
 	@$(MAKE) --no-print-directory -C build/task-service run PORT=$(PORT) UV='$(abspath $(UV))'
 
 test: .venv/.ready
@@ -30,15 +30,17 @@ bench: .venv/.ready
 
 # The template's tools and, so that the project's directory is linted, typed and tested in place, its dependencies too.
 .venv/.ready: pyproject.toml $(PROJECT)/pyproject.toml | $(UV)
-	test -x .venv/bin/python || $(UV) venv --quiet --python '>=3.11' .venv
-	.venv/bin/python -c 'import sys, tomllib; \
+	@echo 'Preparing .venv (this once) ...'
+	@test -x .venv/bin/python || $(UV) venv --quiet --python '>=3.11' .venv
+	@.venv/bin/python -c 'import sys, tomllib; \
 	    project = tomllib.load(sys.stdin.buffer); \
 	    print(*project["project"]["dependencies"], *project["dependency-groups"]["dev"], sep="\n")' \
 	    <'$(PROJECT)/pyproject.toml' >.venv/requirements.txt
-	$(UV) pip install --quiet --python .venv/bin/python --group dev --requirement .venv/requirements.txt
-	touch $@
+	@$(UV) pip install --quiet --python .venv/bin/python --group dev --requirement .venv/requirements.txt
+	@touch $@
 
 .venv/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet 'uv>=0.13,<1'
+	@echo 'No uv on PATH: installing it into .venv ...'
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet 'uv>=0.13,<1'

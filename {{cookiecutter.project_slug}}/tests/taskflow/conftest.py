@@ -60,6 +60,14 @@ def bench(backend: Backend) -> Bench:
 
 
 @pytest.fixture
+def quick_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that is away is waited for a fraction of the usual time."""
+    monkeypatch.setattr("app.taskflow.journal.ACCEPT_TIMEOUT", 0.7)
+    monkeypatch.setattr("app.taskflow.manager.START_TIMEOUT", 0.2)
+    monkeypatch.setattr("app.taskflow.housekeeping.CANCEL_INTERVAL", 0.1)
+
+
+@pytest.fixture
 async def start_manager(tmp_path: Path) -> AsyncIterator[StartManager]:
     """Starts a manager on a file of this test, with `define(manager)` called before, and stops it at the end."""
     async with AsyncExitStack() as stack:

@@ -1,7 +1,7 @@
 """A program with worker processes, to be killed: `python -m tests.taskflow.process_app FILE END HOW...`.
 
-Starts a task for each HOW, whose worker writes its pid into FILE, and says so. With END `leave` it ends by itself when it
-reads a line, without closing anything; with `stop` it shuts down after a SIGINT; with `stay` it does neither.
+Starts a task for each HOW, whose worker writes its pid into FILE, and says so. With END `leave` it ends by itself when
+it reads a line, without closing anything; with `stop` it shuts down after a SIGINT; with `stay` it does neither.
 """
 
 import asyncio

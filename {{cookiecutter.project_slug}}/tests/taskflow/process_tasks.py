@@ -46,7 +46,7 @@ class Unpackable(Exception):
     """Its text depends on what cannot be pickled."""
 
     def __init__(self, text: str) -> None:
-        self.say = lambda: text
+        self.say: Callable[[], str] = lambda: text
         super().__init__()
 
     def __str__(self) -> str:
@@ -102,7 +102,13 @@ def talk() -> str:
 def whisper_later(file: str) -> None:
     """Leaves a thread behind that speaks when the call has ended."""
     context = contextvars.copy_context()
-    threading.Thread(target=lambda: (time.sleep(0.05), context.run(task_log, "too late"), Path(file).touch())).start()
+
+    def whisper() -> None:
+        time.sleep(0.05)
+        context.run(task_log, "too late")
+        Path(file).touch()
+
+    threading.Thread(target=whisper).start()
 
 
 def return_what_has_no_stored_form() -> object:
@@ -215,11 +221,15 @@ def use_a_pool() -> list[int]:
 
 
 def stay_at_exit(file: str, seconds: float) -> int:
-    atexit.register(lambda: (Path(file).touch(), time.sleep(seconds)))
+    def leave() -> None:
+        Path(file).touch()
+        time.sleep(seconds)
+
+    atexit.register(leave)
     return os.getpid()
 
 
-def outermost(function: Callable[[int], int]) -> Callable[[int], int]:
+def forbidden(function: Callable[[int], int]) -> Callable[[int], int]:
     @functools.wraps(function)
     def never_runs_as_a_task(number: int) -> int:
         raise AssertionError("the task is what is below")
@@ -227,12 +237,9 @@ def outermost(function: Callable[[int], int]) -> Callable[[int], int]:
     return never_runs_as_a_task
 
 
-def plain(number: int) -> int:
+@forbidden
+def double(number: int) -> int:
     return number * 2
-
-
-below = plain
-plain = outermost(plain)
 
 
 def flaky() -> str:
@@ -243,6 +250,4 @@ def flaky() -> str:
         raise ApiError(503, "busy")
     if context.attempt == 1:
         raise RetryLater(0.01)
-    if context.attempt == 2:
-        os._exit(9)
     return f"attempt {context.attempt}"

@@ -19,6 +19,8 @@ from app.taskflow import ManagedBackgroundTasks, TaskAdmin, TaskflowError, TaskM
 
 from .helpers import PATIENCE
 
+pytestmark = pytest.mark.usefixtures("quick_refusals")
+
 
 class Service:
     """An app with a task manager on a file, and what its tasks were called with."""

@@ -14,6 +14,8 @@ ORDER = [
     "codec",
     "cipher",
     "retry",
+    "dependencies",
+    "dependencies",
     "registry",
     "context",
     "tracing",

@@ -31,7 +31,7 @@ from app.taskflow.models import TaskFilter
 from .conftest import StartManager
 from .helpers import PATIENCE, assert_counters_match_rows, eventually
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick_refusals")]
 
 
 def define(manager: TaskManager) -> None:
@@ -462,8 +462,9 @@ def test_a_database_that_cannot_be_written_refuses_and_says_so(tmp_path: Path) -
     """In a process of its own that is no superuser, for whom nothing is read-only."""
     program = f"""
 import asyncio, os, sqlite3
-from app.taskflow import BackendUnavailable, TaskManager
+from app.taskflow import BackendUnavailable, TaskManager, journal, manager as engine
 
+journal.ACCEPT_TIMEOUT, engine.START_TIMEOUT = 0.7, 0.2
 folder = {str(tmp_path / "closed")!r}
 async def main():
     for manager in (TaskManager(snapshot_db=folder + "/tasks.db") for _ in range(2)):

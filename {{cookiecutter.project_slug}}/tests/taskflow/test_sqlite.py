@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -43,10 +42,14 @@ class Spy:
 
 
 @pytest.fixture
-def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     spy = Spy()
 
     class SpyConnection(sqlite3.Connection):
+        def execute(self, sql: str, parameters: Any = ()) -> Any:
+            spy.execute(sql, parameters)
+            return super().execute(sql, parameters)
+
         def cursor(self, *args: Any) -> Any:
             return super().cursor(SpyCursor)
 
@@ -59,7 +62,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
     monkeypatch.setattr(
         sqlite3.dbapi2, "connect", lambda *args, **kwargs: connect(*args, **kwargs, factory=SpyConnection)
     )
-    yield spy
+    return spy
 
 
 async def live(bench: Bench) -> None:
@@ -217,10 +220,15 @@ async def test_opening_twice_changes_nothing(file: Path) -> None:
     await backend.close()
 
 
-async def test_a_file_that_is_no_database_is_an_error_that_names_the_trouble(file: Path) -> None:
+@pytest.fixture
+def damaged(file: Path) -> str:
     file.write_bytes(b"certainly not a database" * 100)
-    with pytest.raises((BackendUnavailable, TaskflowError), match="not a database"):
-        await open_backend(str(file)).open()
+    return str(file)
+
+
+async def test_a_file_that_is_no_database_is_an_error_that_names_the_trouble(damaged: str) -> None:
+    with pytest.raises(BackendUnavailable, match="not a database"):
+        await open_backend(damaged).open()
 
 
 async def test_a_broken_row_shows_what_can_be_read_and_stops_nobody(file: Path) -> None:
@@ -258,7 +266,8 @@ async def test_a_path_and_a_url_mean_the_same_file(file: Path, location: str) ->
     await backend.open()
     await Bench(backend).add()
     await backend.close()
-    assert file.exists()
+    with closing(sqlite3.connect(file)) as connection:
+        assert connection.execute("SELECT count(*) FROM taskflow_task").fetchone() == (1,)
 
 
 async def test_two_databases_in_memory_are_two() -> None:

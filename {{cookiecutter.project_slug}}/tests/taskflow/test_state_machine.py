@@ -194,4 +194,4 @@ class Engine(RuleBasedStateMachine):
 
 
 TestEngine = Engine.TestCase
-TestEngine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestEngine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)

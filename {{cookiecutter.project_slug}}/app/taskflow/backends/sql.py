@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, Row
-from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeoutError
 
 from ..errors import BackendUnavailable, TaskflowError
@@ -347,6 +347,7 @@ class translated:  # noqa: N801 - a context manager, named as it reads
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """What the values caused (a DataError, say) is not unavailability and goes on as it is."""
-        if isinstance(error, OperationalError | InterfaceError | InternalError | SQLAlchemyTimeoutError):
+        away = isinstance(error, OperationalError | InterfaceError | InternalError | SQLAlchemyTimeoutError)
+        if away or type(error) is DatabaseError:  # which is what SQLite says of a file that is damaged
             reason = error.orig if isinstance(error, DBAPIError) else error
             raise BackendUnavailable(str(reason)) from error

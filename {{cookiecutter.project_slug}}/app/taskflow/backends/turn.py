@@ -46,6 +46,8 @@ from .tables import task
 
 CLAIM_BATCH = 250
 """Tasks of one queue that one turn claims at most: the first run while the next are claimed."""
+REARMED = (TaskStatus.FAILED, TaskStatus.INTERRUPTED, TaskStatus.REJECTED)
+"""What a task may have become for its idempotency key to run it again."""
 CRASH_BUDGET = 3
 """Processes that may die while running one task before it is failed as `crash_loop`."""
 
@@ -181,7 +183,7 @@ class TurnWriter:
             withdrawn=frozenset(self._withdrawn),
             moved=self._moved,
             stopping=self._stopping,
-            more=more,
+            more=more or bool(admitted.existing),  # they may have held slots that others wait for
             next_due=self._earliest(next_due) if turn.demand else None,
             queues=self._queues_now(),
         )
@@ -238,7 +240,9 @@ class TurnWriter:
     def _admit(self, drafts: Sequence[Draft], room: Room | None, levels: Levels) -> Admitted:
         """Stores the drafts. Those for which there is a slot at once are stored as running, those for which their
         queue has no place are stored as rejected."""
-        unique = {draft.task_id: draft for draft in drafts}
+        unique: dict[str, Draft] = {}
+        for draft in drafts:
+            unique.setdefault(draft.task_id, draft)  # of one key twice in a turn the first is the task, as it is in two
         at_once = self._startable(unique.values(), room, levels) if room else frozenset()
         status: dict[str, str] = dict.fromkeys(at_once, TaskStatus.RUNNING)
         waiting = [draft for draft in unique.values() if draft.task_id not in at_once]
@@ -249,15 +253,12 @@ class TurnWriter:
             if task_id in written:
                 self._admitted(draft, status[task_id])
         existing = unique.keys() - written
+        refused = {task_id for task_id in written if status[task_id] == TaskStatus.REJECTED}
         if existing:
-            self._rearm([unique[task_id] for task_id in existing])
+            refused |= self._rearm([unique[task_id] for task_id in existing], status)
         return Admitted(
             existing=frozenset(existing),
-            rejected={
-                task_id: self._max_size(unique[task_id])
-                for task_id in written
-                if status[task_id] == TaskStatus.REJECTED
-            },
+            rejected={task_id: self._max_size(unique[task_id]) for task_id in refused},
             started=[
                 first_claim(draft, self._turn.now)
                 for task_id, draft in unique.items()
@@ -328,13 +329,21 @@ class TurnWriter:
             draft.trace,
         )
 
-    def _rearm(self, drafts: Sequence[Draft]) -> None:
-        """An idempotency key whose task failed or was interrupted runs that task again, with the new arguments."""
+    def _rearm(self, drafts: Sequence[Draft], status: Mapping[str, str]) -> set[str]:
+        """An idempotency key whose task failed, was interrupted or found its queue full runs that task again, with what
+        its new caller said. Returns those for which the queue has no place this time."""
         by_id = {draft.task_id: draft for draft in drafts if draft.key is not None}
+        refused: set[str] = set()
         for row in self._rows(list(by_id)):
-            if row.status in (TaskStatus.FAILED, TaskStatus.INTERRUPTED):
-                draft = by_id[row.task_id]
-                self._requeue(row, draft.max_attempts, None, arguments=draft.arguments)
+            if row.status not in REARMED:
+                continue
+            draft = by_id[row.task_id]
+            if status[row.task_id] == TaskStatus.REJECTED:
+                refused.add(row.task_id)
+            else:
+                said = {"arguments": draft.arguments, "priority": draft.priority, "trace": draft.trace}
+                self._requeue(row, draft.max_attempts, None, draft.run_at, tags=dumps_object(draft.tags), **said)
+        return refused
 
     # -- obey
 
@@ -383,11 +392,14 @@ class TurnWriter:
             self._requeue(row, max_attempts, actor)
         return Answer(before=before, changed=int(before in RETRYABLE))
 
-    def _requeue(self, row: Row[Any], max_attempts: int, actor: str | None, **changes: object) -> None:
+    def _requeue(
+        self, row: Row[Any], max_attempts: int, actor: str | None, run_at: datetime | None = None, **changes: object
+    ) -> None:
+        status = stored_status(TaskStatus.PENDING, run_at, self._turn.now)
         self._update(
             row.task_id,
-            status=TaskStatus.PENDING,
-            run_at=self._at,
+            status=status,
+            run_at=micros(run_at) if status == DELAYED else self._at,
             excused=row.attempt,
             max_attempts=max_attempts,
             crashes=0,
@@ -400,7 +412,7 @@ class TurnWriter:
             **changes,
         )
         self._event(EventKind.REQUEUED, row.task_id, actor=actor)
-        self._move(row.queue, row.name, row.status, TaskStatus.PENDING)
+        self._move(row.queue, row.name, row.status, status)
         self._count_time(row, row.status, row.finished_at, -1)
 
     def _rescue(self, instances: Sequence[str]) -> Answer:
@@ -486,10 +498,6 @@ class TurnWriter:
                 self._move(queue, name, DELAYED, TaskStatus.PENDING)
             due = self._sql.next_due.run(self._cursor).fetchone()
         return None if due is None else from_micros(due[0])
-
-    def _earliest(self, next_due: datetime | None, drafts: Sequence[Draft]) -> datetime | None:
-        later = [draft.run_at for draft in drafts if draft.run_at > self._turn.now]
-        return min([*later, next_due] if next_due else later, default=None)
 
     def _earliest(self, next_due: datetime | None) -> datetime | None:
         """With what arrived after the look at what is due."""
