@@ -24,6 +24,7 @@ from .web.login import login_router
 from .web.pages import pages_router
 from .web.site import Site
 from .web.stream import Feed, stream_router
+from .web.visits import Visits
 
 
 def manage_present_routes(app: FastAPI, depends: DependsParam) -> None:
@@ -82,7 +83,8 @@ class TaskAdmin:
         self.task_manager = task_manager
         self.path = path
         site = Site(task_manager, path, title, display_func_args, poll_interval)
-        router = web_router(site, Gate(backend, Sessions(secret_key or None, token_expiry)))
+        visits = Visits(task_manager.store, task_manager.journal)
+        router = web_router(site, Gate(backend, Sessions(secret_key or None, token_expiry), visits))
         depends = Depends(task_manager.accept_tasks, scope="function")
         if auto_install:
             manage_present_routes(app, depends)

@@ -20,6 +20,7 @@ from .errors import (
     TaskNotFound,
     TaskStateError,
     UnknownFunction,
+    UnreadableCall,
 )
 
 STATUS_CODES: dict[type[TaskflowError], int] = {
@@ -30,6 +31,7 @@ STATUS_CODES: dict[type[TaskflowError], int] = {
     QueueNotFound: 404,
     TaskStateError: 400,
     UnknownFunction: 409,
+    UnreadableCall: 409,
 }
 
 

@@ -83,12 +83,16 @@ class EventKind(StrEnum):
     INTERRUPTED = "interrupted"  # RUNNING -> INTERRUPTED
     RESCUED = "rescued"  # RUNNING -> PENDING: its process went away and the task may be started again
     REQUEUED = "requeued"  # a terminal status -> PENDING, by an operator
+    COPIED = "copied"  # no transition: an operator's retry made a new task of it
     LEASE_LOST = "lease_lost"  # no transition: a result that came too late was refused
     UPDATE_QUEUE = "update_queue"  # of a queue, by an operator
     PAUSE_QUEUE = "pause_queue"
     RESUME_QUEUE = "resume_queue"
     BULK_RETRY = "bulk_retry"  # of many tasks, by an operator
     DELETE_HISTORY = "delete_history"
+    LOGIN = "login"  # of no task: people who come and go
+    LOGIN_FAILED = "login_failed"
+    LOGOUT = "logout"
 
 
 ExecutorKind = Literal["async", "thread", "process"]

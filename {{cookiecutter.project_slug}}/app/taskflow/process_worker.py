@@ -105,7 +105,6 @@ def answer(request: Request, pipe: Connection, registry: TaskRegistry) -> Return
     except BaseException as error:  # noqa: BLE001 - user code: SystemExit is that task's failure
         return raised(error)
     finally:
-        leave_if_forked(sink.pid)
         sink.close()
 
 
@@ -244,16 +243,10 @@ def settle_in(pipe: Connection, parent: int) -> None:
 
 
 def become_ordinary(pipe: Connection) -> None:
-    """In a process that a task forked: it has no part in the pipe and ends like any other."""
+    """In a process that a task forked: without the pipe it is no second worker, and it ends like any other."""
     pipe.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def leave_if_forked(worker: int) -> None:
-    """A process that the task forked and let return must not go on as a second worker."""
-    if os.getpid() != worker:
-        os._exit(0)
 
 
 def end_with_parent(parent: int) -> None:

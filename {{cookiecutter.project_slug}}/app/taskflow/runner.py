@@ -138,12 +138,13 @@ class Runner:
             return Failed(error, final=True)
         except TimeoutError as error:
             attempt.context.cancelled = attempt.context.cancelled or limit.expired()
-            reason = TimeoutError(f"timed out after {seconds:g} s") if limit.expired() else error
-            return stopped(attempt) or Failed(reason)
+            return stopped(attempt) or Failed(timed_out(definition.config) if limit.expired() else error)
         except BaseException as error:  # noqa: BLE001 - user code, and CancelledError when the attempt is stopped
             return stopped(attempt) or Failed(error)
         finally:
             current.set(None)
+        if limit.expired():  # the function swallowed its cancellation
+            return stopped(attempt) or Failed(timed_out(definition.config))
         return stopped(attempt) or Succeeded(self._stored(attempt, value))
 
     async def _inject(self, attempt: Attempt, executor: Executor, call: Call, limit: asyncio.Timeout) -> Any:
@@ -163,6 +164,10 @@ class Runner:
             self._sink.log(attempt.context, "warning", f"the result was not stored: {error}", {})
             return None
         return None if text is None else self._cipher.seal(text, attempt.task.task_id, attempt.task.name)
+
+
+def timed_out(config: TaskConfig) -> TimeoutError:
+    return TimeoutError(f"timed out after {config.timeout:g} s")
 
 
 def stopped(attempt: Attempt) -> Outcome | None:

@@ -218,6 +218,14 @@ class TaskStore:
     async def last_seq(self) -> int:
         return await self._backend.last_seq()
 
+    async def audit(self, before: int | None = None, limit: int = 50) -> Sequence[TaskEvent]:
+        """What people did, newest first; below the event number `before` where it is given."""
+        return await self._backend.audit(before, limit)
+
+    async def is_revoked(self, session_id: str) -> bool:
+        """Whether that login session was ended before its time, here or elsewhere."""
+        return await self._backend.is_revoked(session_id)
+
     async def counts(self) -> Sequence[Count]:
         return await self._backend.counts()
 
@@ -303,13 +311,13 @@ class TaskStore:
             raise TaskStateError(task_id, record.status, "retried")
         definition = self._registry.named(record.func_name)
         if not self._retry_replaces_original:
-            return await self._retry_as_new(record, definition.max_attempts)
+            return await self._retry_as_new(record, definition.max_attempts, actor)
         answer = await self._journal.obey(Requeue(task_id, definition.max_attempts, actor))
         if not answer.changed:
             raise TaskStateError(task_id, answer.before or record.status, "retried")
         return await self.get(task_id)
 
-    async def _retry_as_new(self, record: TaskRecord, max_attempts: int) -> TaskRecord:
+    async def _retry_as_new(self, record: TaskRecord, max_attempts: int, actor: str | None) -> TaskRecord:
         definition = self._registry.named(record.func_name)
         now = self._clock()
         draft = Draft(
@@ -327,6 +335,9 @@ class TaskStore:
             retry_of=record.task_id,
         )
         await self.accept([self._resealed(draft, record)])
+        if actor is not None:
+            detail = {"new_task_id": draft.task_id}
+            await self._journal.obey(Note(EventKind.COPIED, actor, detail, record.task_id))
         return await self.get(draft.task_id)
 
     def _resealed(self, draft: Draft, record: TaskRecord) -> Draft:
@@ -401,7 +412,7 @@ class TaskStore:
     async def edit_queue(
         self, name: str, changes: Mapping[str, int | None], actor: str | None = None, note: str | None = None
     ) -> QueueState:
-        """Sets `concurrency` and `max_size` (None: unlimited), at once and for all instances.
+        """Sets `concurrency` and `max_size` (None: unlimited), at once and for all instances; what is absent stays.
 
         Raises QueueNotFound, and ValueError for a limit below 1.
         """
@@ -426,8 +437,10 @@ class TaskStore:
     ) -> QueueState:
         if name not in self._declared and name not in {state.name for state in await self.queues()}:
             raise QueueNotFound(name)
-        await self._journal.obey(EditQueue(name, kind, changes, actor, note))
-        return next(state for state in await self.queues() if state.name == name)
+        if changes:
+            await self._journal.obey(EditQueue(name, kind, changes, actor, note))
+        found = (state for state in await self.queues() if state.name == name)
+        return next(found, QueueState(name, None, None, False, None))
 
     def arguments(self, record: TaskRecord) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The stored call of a record, as plain values. Raises ValueError when it cannot be read, or is encrypted:

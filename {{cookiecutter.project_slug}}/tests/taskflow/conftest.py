@@ -6,6 +6,9 @@ joins every test of the contract with one line in `LOCATIONS`.
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -26,7 +29,25 @@ LOCATIONS: dict[str, Callable[[Path], str | None]] = {
 SHARED = [name for name in LOCATIONS if name != "sqlite-memory"]
 """Those that several instances can open at once."""
 
+LONGEST_TEST = 60.0
+"""Seconds."""
 StartManager = Callable[..., Awaitable[TaskManager]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits for ever is a failure, and not a test run without end."""
+    for item in items:
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+            item.obj = limited(item.obj)
+
+
+def limited(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(test)
+    async def run(*args: Any, **kwargs: Any) -> None:
+        async with asyncio.timeout(LONGEST_TEST):
+            await test(*args, **kwargs)
+
+    return run
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ it reads a line, without closing anything; with `stop` it shuts down after a SIG
 """
 
 import asyncio
+import multiprocessing
 import signal
 import sys
 
@@ -29,6 +30,8 @@ async def main(file: str, end: str, kinds: list[str]) -> None:
     await manager.startup()
     for kind in kinds:
         await manager.enqueue(hold, kind, file)
+    while end == "stop" and not multiprocessing.active_children():
+        await asyncio.sleep(0.001)
     print("started", flush=True)
     if end == "leave":
         await asyncio.to_thread(sys.stdin.readline)

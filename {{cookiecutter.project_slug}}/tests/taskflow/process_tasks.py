@@ -189,7 +189,7 @@ def wait_for(file: str) -> str:
 
 
 def hold(how: str, file: str) -> None:
-    """Says who it is in the file, and does not end."""
+    """Says who it is in the file, and does not end unless it is to be idle."""
     with open(file, "a", buffering=1) as out:
         out.write(f"{os.getpid()}\n")
         match how:
@@ -204,6 +204,8 @@ def hold(how: str, file: str) -> None:
                 program = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({LONG})"])
                 out.write(f"{program.pid}\n")
                 program.wait()
+            case "idle":
+                pass
 
 
 def fork_and_return() -> int:
@@ -214,10 +216,12 @@ def fork_and_return() -> int:
     return os.getpid()
 
 
-def use_a_pool() -> list[int]:
-    """Of processes of its own, which it ends with SIGTERM."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.map(abs, [-1, -2])
+def end_a_fork() -> int | None:
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(LONG,))
+    process.start()
+    process.terminate()
+    process.join()
+    return process.exitcode
 
 
 def stay_at_exit(file: str, seconds: float) -> int:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,35 +103,18 @@ async def test_one_key_is_one_task_for_two_instances_on_one_file(
 
 async def test_one_key_is_one_task_for_two_processes_on_one_file(start_manager: StartManager, tmp_path: Path) -> None:
     starts = tmp_path / "starts"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.taskflow.race_app",
-        str(tmp_path / "tasks.db"),
-        str(starts),
-        str(CALLS // 2),
-    ]
-    racers = [
-        subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    try:
-        for racer in racers:
-            assert racer.stdout is not None
-            assert racer.stdout.readline() == "ready\n"
-        for racer in racers:
-            assert racer.stdin is not None
-            racer.stdin.write("go\n")
-            racer.stdin.flush()
-        ids = [json.loads(racer.stdout.readline()) for racer in racers if racer.stdout is not None]
-        assert len(ids[0]) == 1
-        assert ids[0] == ids[1]
-    finally:
-        for racer in racers:
-            racer.communicate("\n", timeout=PATIENCE)
+    arguments = [str(tmp_path / "tasks.db"), str(starts), str(CALLS // 2)]
+    race = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.taskflow.race_app", *arguments, cwd=PROJECT, stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await race.communicate()
+    assert race.returncode == 0
+    one, other = map(json.loads, said.splitlines())
+    assert one == other
     manager = await start_manager()
     (record,) = (await manager.store.page(TaskFilter())).tasks
-    assert (record.task_id, record.status, record.attempt) == (ids[0][0], TaskStatus.SUCCESS, 1)
+    assert one == [record.task_id]
+    assert (record.status, record.attempt) == (TaskStatus.SUCCESS, 1)
     assert starts.read_text() == "1\n"
 
 

@@ -1,4 +1,4 @@
-"""Named queues: how many run at once, how many may wait, in which order, and what an operator changes while they work."""
+"""Named queues: how many run at once, how many may wait, in which order, and what an operator changes meanwhile."""
 
 import asyncio
 import logging

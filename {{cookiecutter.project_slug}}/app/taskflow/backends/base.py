@@ -155,7 +155,10 @@ class EditQueue:
 
 @dataclass(frozen=True, slots=True)
 class Purge:
-    """Delete up to `limit` tasks that ended before a time, with their events and log lines."""
+    """Delete up to `limit` tasks that ended before a time, with their log lines and events.
+
+    What people did to them stays: an audit that its subjects could delete would be none.
+    """
 
     before: datetime
     limit: int
@@ -163,14 +166,24 @@ class Purge:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Record what an operator did that is not about one task."""
+    """Record what somebody did that changes no row of its own. `at` is when, where that is not now."""
 
     kind: EventKind
     actor: str | None
     detail: Mapping[str, Any]
+    task_id: str = ""
+    at: datetime | None = None
 
 
-Command = Cancel | Requeue | Rescue | DeclareQueues | EditQueue | Purge | Note
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """End a login session before its time. Forgotten once it would have expired."""
+
+    session_id: str
+    expires: datetime
+
+
+Command = Cancel | Requeue | Rescue | DeclareQueues | EditQueue | Purge | Note | Revoke
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +319,11 @@ class Backend(Protocol):
     async def events(self, task_id: str) -> Sequence[TaskEvent]: ...
 
     async def events_after(self, seq: int, limit: int) -> Sequence[TaskEvent]: ...
+
+    async def audit(self, before: int | None, limit: int) -> Sequence[TaskEvent]:
+        """Events with an actor, newest first; below the number `before` where it is given."""
+
+    async def is_revoked(self, session_id: str) -> bool: ...
 
     async def last_seq(self) -> int:
         """The number of the newest event; 0 when there is none."""

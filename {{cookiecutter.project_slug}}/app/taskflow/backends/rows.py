@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy.engine import Row
 
-from ..models import DELAYED, TaskRecord, TaskStatus, from_micros, to_micros
+from ..models import DELAYED, TaskEvent, TaskRecord, TaskStatus, from_micros, to_micros
 from .base import Claimed, Draft, Moved
 
 
@@ -88,6 +88,19 @@ def moved_of(row: Row[Any], status: TaskStatus, at: datetime, **facts: Any) -> M
     """What a command made of a task; `row` is what it was before."""
     values = {"attempt": row.attempt, "excused": row.excused, **facts}
     return Moved(row.task_id, row.name, loads_object(row.tags), status, at, **values)
+
+
+def event_of(row: Row[Any]) -> TaskEvent:
+    return TaskEvent(
+        seq=row.seq,
+        task_id=row.task_id,
+        time=from_micros(row.at),
+        kind=row.kind,
+        attempt=row.attempt,
+        instance=row.instance,
+        actor=row.actor,
+        detail=row.detail,
+    )
 
 
 def record_of(row: Row[Any]) -> TaskRecord:

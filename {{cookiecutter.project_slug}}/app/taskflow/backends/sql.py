@@ -39,10 +39,11 @@ from ..models import (
 from . import tables
 from .base import Beat, Instance, Turn, TurnResult
 from .pages import page_statement
-from .rows import loads_object, record_of
+from .room import QueueBook
+from .rows import event_of, loads_object, record_of
 from .statements import STAGE_BATCH, Statements, has_status
-from .tables import counter, event, log, task
-from .turn import QueueBook, TurnWriter
+from .tables import counter, event, log, revoked, task
+from .turn import TurnWriter
 
 T = TypeVar("T")
 
@@ -98,13 +99,17 @@ class SqlBackend:
         with self._write_engine.begin() as connection:
             tables.Row.metadata.create_all(connection)
             version = connection.execute(sa.select(sa.func.max(tables.schema_version.c.version))).scalar()
-            if version is None:
-                connection.execute(tables.schema_version.insert().values(version=tables.SCHEMA_VERSION))
-            elif version > tables.SCHEMA_VERSION:
+            if version is not None and version > tables.SCHEMA_VERSION:
                 raise TaskflowError(
                     f"{self.url.render_as_string()} has schema version {version}; this code knows up to "
                     f"{tables.SCHEMA_VERSION}: deploy the newer code, or use another database"
                 )
+            if version == tables.SCHEMA_VERSION:
+                return
+            for number in range((version or tables.SCHEMA_VERSION) + 1, tables.SCHEMA_VERSION + 1):
+                for step in tables.STEPS[number]:
+                    connection.execute(step)
+            connection.execute(tables.schema_version.insert().values(version=tables.SCHEMA_VERSION))
 
     # -- the turn
 
@@ -214,19 +219,18 @@ class SqlBackend:
     async def _events(self, condition: sa.ColumnElement[bool], limit: int) -> Sequence[TaskEvent]:
         statement = sa.select(event).where(condition).order_by(event.c.seq).limit(limit)
         rows = await self._read(lambda connection: connection.execute(statement).all())
-        return [
-            TaskEvent(
-                seq=row.seq,
-                task_id=row.task_id,
-                time=from_micros(row.at),
-                kind=row.kind,
-                attempt=row.attempt,
-                instance=row.instance,
-                actor=row.actor,
-                detail=row.detail,
-            )
-            for row in rows
-        ]
+        return [event_of(row) for row in rows]
+
+    async def audit(self, before: int | None, limit: int) -> Sequence[TaskEvent]:
+        older = sa.true() if before is None else event.c.seq < before
+        acts = sa.select(event).where(event.c.actor.is_not(None), older)
+        statement = acts.order_by(event.c.seq.desc()).limit(limit)
+        rows = await self._read(lambda connection: connection.execute(statement).all())
+        return [event_of(row) for row in rows]
+
+    async def is_revoked(self, session_id: str) -> bool:
+        statement = sa.select(revoked.c.session_id).where(revoked.c.session_id == session_id)
+        return await self._read(lambda connection: connection.execute(statement).first()) is not None
 
     async def last_seq(self) -> int:
         newest = sa.select(sa.func.max(event.c.seq))

@@ -274,7 +274,9 @@ class Statements:
             .where(task.c.task_id.in_(old))
             .returning(task.c.task_id, task.c.queue, task.c.name, task.c.started_at, task.c.finished_at)
         )
-        self.purge_events = self._prepare(event.delete().where(event.c.task_id.in_(self._ids())))
+        self.purge_events = self._prepare(
+            event.delete().where(event.c.task_id.in_(self._ids()), event.c.actor.is_(None))
+        )
         self.purge_logs = self._prepare(log.delete().where(log.c.task_id.in_(self._ids())))
 
     def _build_liveness(self) -> None:

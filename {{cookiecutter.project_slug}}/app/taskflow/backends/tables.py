@@ -7,12 +7,14 @@ microseconds since the epoch, JSON is text: both sort and copy the same on every
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, Index, Integer, MetaData, Text, func, literal_column, text
+from sqlalchemy import BigInteger, Executable, Index, Integer, MetaData, Text, func, literal_column, text
+from sqlalchemy.schema import CreateIndex
 from sqlmodel import Field, SQLModel
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Row(SQLModel):
@@ -129,6 +131,15 @@ class InstanceRow(Row, table=True):
     running: int = 0
 
 
+class RevokedRow(Row, table=True):
+    """Login sessions that ended before their time, until they would have ended anyway."""
+
+    __tablename__ = "taskflow_revoked"
+
+    session_id: str = Field(primary_key=True)
+    expires_at: int = Field(sa_type=BigInteger, index=True)
+
+
 class SchemaRow(Row, table=True):
     __tablename__ = "taskflow_schema_version"
 
@@ -141,15 +152,19 @@ log = LogRow.__table__  # type: ignore[attr-defined]
 counter = CounterRow.__table__  # type: ignore[attr-defined]
 queue = QueueRow.__table__  # type: ignore[attr-defined]
 instance = InstanceRow.__table__  # type: ignore[attr-defined]
+revoked = RevokedRow.__table__  # type: ignore[attr-defined]
 schema_version = SchemaRow.__table__  # type: ignore[attr-defined]
 
 rank = func.coalesce(task.c.priority, literal_column("0"))
 """What the claim sorts by. The zero is a literal: an index on an expression is only used for the same expression."""
 
 
+def _where(condition: str) -> dict[str, Any]:
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+
+
 def _only(status: str) -> dict[str, Any]:
-    condition = text(f"status = '{status}'")
-    return {"sqlite_where": condition, "postgresql_where": condition}
+    return _where(f"status = '{status}'")
 
 
 # One index for each question that is asked, and no other. The partial ones repeat the status, which makes SQLite
@@ -162,4 +177,8 @@ Index("taskflow_by_status", task.c.status, task.c.created_at, task.c.task_id)
 Index("taskflow_by_name", task.c.name, task.c.created_at, task.c.task_id)
 Index("taskflow_by_queue", task.c.queue, task.c.created_at, task.c.task_id)
 Index("taskflow_event_task", event.c.task_id, event.c.seq)
+audit_index = Index("taskflow_audit", event.c.seq, **_where("actor IS NOT NULL"))
 Index("taskflow_log_task", log.c.task_id, log.c.seq)
+
+STEPS: Mapping[int, Sequence[Executable]] = {2: (CreateIndex(audit_index, if_not_exists=True),)}
+"""Schema version -> what brings an older schema to it; each may run twice. New tables come by themselves."""

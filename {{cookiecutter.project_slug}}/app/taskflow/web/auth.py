@@ -3,8 +3,8 @@
 Owns the session cookie, the check that an unsafe request comes from our own pages, and the limit on bad logins. Every
 router of the web side depends on `Gate.admit`, the stream too, so that nothing is open by being forgotten.
 
-A session is a signed token, so that every process with the same secret key accepts it; what a logout revokes is
-remembered here until the token would have expired.
+A session is a signed token, so that every process with the same secret key accepts it. What a logout revokes is
+remembered here until the token would have expired, and is known to the other processes through `Visits`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 
 from ..errors import TaskflowError
+from .visits import Visits
 
 COOKIE = "taskflow_token"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -169,9 +170,12 @@ class LoginLimit:
 class Gate:
     """In front of every route. Without a backend it opens for this machine only."""
 
-    def __init__(self, backend: TaskAuthBackend | None, sessions: Sessions, limit: LoginLimit | None = None) -> None:
+    def __init__(
+        self, backend: TaskAuthBackend | None, sessions: Sessions, visits: Visits, limit: LoginLimit | None = None
+    ) -> None:
         self._backend = backend
         self.sessions = sessions
+        self._visits = visits
         self.limit = limit or LoginLimit()
 
     @property
@@ -186,7 +190,7 @@ class Gate:
                 raise HTTPException(403, "open to this machine only: give TaskAdmin(auth=...) to log in from elsewhere")
             request.state.taskflow_actor = "anonymous"
             return
-        session = self.session(request)
+        session = await self.session(request)
         if session is None:
             raise HTTPException(401, "log in first")
         request.state.taskflow_actor = session.username
@@ -196,19 +200,35 @@ class Gate:
         if request.method not in SAFE_METHODS and not same_origin(request):
             raise HTTPException(403, "refused: the request comes from another site")
 
-    def session(self, request: HTTPConnection) -> Session | None:
+    async def session(self, request: HTTPConnection) -> Session | None:
+        """Whose request this is; None when they have to log in, or were logged out by any process."""
         token = request.cookies.get(COOKIE)
-        return self.sessions.read(token) if token else None
+        session = self.sessions.read(token) if token else None
+        if session is not None and await self._visits.ended(session.session_id):
+            self.sessions.revoke(session)
+            return None
+        return session
 
     async def log_in(self, request: Request, username: str, password: str) -> str | None:
         """A new session's token, or None when the credentials are wrong. Raises HTTPException 429."""
         client = client_name(request)
         if not self.limit.attempt(client):
             raise HTTPException(429, "too many failed logins: wait a minute", {"Retry-After": "60"})
-        if self._backend is None or not await judge(self._backend, username, password):
+        if self._backend is None:
+            return None
+        if not await judge(self._backend, username, password):
+            await self._visits.was_refused(username, client)
             return None
         self.limit.succeeded(client)
+        await self._visits.logged_in(username, client)
         return self.sessions.issue(username)
+
+    async def log_out(self, request: Request) -> None:
+        """Ends the request's session: here at once, elsewhere within a second or two."""
+        session = await self.session(request)
+        if session is not None:
+            self.sessions.revoke(session)
+            await self._visits.logged_out(session.username, client_name(request), session.session_id, session.expires)
 
 
 async def judge(backend: TaskAuthBackend, username: str, password: str) -> bool:

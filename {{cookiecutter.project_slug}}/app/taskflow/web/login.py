@@ -22,7 +22,7 @@ def login_router(site: Site, gate: Gate, renderer: Renderer) -> APIRouter:
 
     @router.get("/auth/login")
     async def login_page(request: Request, next: Annotated[str, Query()] = "") -> Response:
-        if not gate.asks_for_login or gate.session(request) is not None:
+        if not gate.asks_for_login or await gate.session(request) is not None:
             return RedirectResponse(f"{site.base(request)}/dashboard", 302, HEADERS)
         return renderer.page(request, "login.html", next=next, username="", wrong=False)
 
@@ -39,9 +39,7 @@ def login_router(site: Site, gate: Gate, renderer: Renderer) -> APIRouter:
 
     @router.post("/auth/logout", dependencies=[Depends(gate.admit)])
     async def log_out(request: Request) -> Response:
-        session = gate.session(request)
-        if session is not None:
-            gate.sessions.revoke(session)
+        await gate.log_out(request)
         response = RedirectResponse(f"{site.base(request)}/auth/login", 303, HEADERS)
         set_cookie(site, request, response, "", 0)
         return response

@@ -37,6 +37,7 @@ EVENT_WORDS: Mapping[str, tuple[str, str]] = {
     EventKind.INTERRUPTED: ("Interrupted", "interrupted"),
     EventKind.RESCUED: ("Rescued from a lost instance", "interrupted"),
     EventKind.REQUEUED: ("Queued again", "pending"),
+    EventKind.COPIED: ("Retried as a new task", "pending"),
     EventKind.LEASE_LOST: ("A late result was refused", "rejected"),
 }
 """Event kind -> what it says, and the status whose colour it has."""

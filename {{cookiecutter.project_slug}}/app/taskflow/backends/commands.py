@@ -1,0 +1,211 @@
+"""What operators and housekeeping ask for, inside a turn: cancel, requeue, rescue, queues, purge.
+
+Owns how each command changes rows. They are few and seldom, so they go through SQLAlchemy one row at a time; what they
+change they tell the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Row
+
+from ..models import DELAYED, RETRYABLE, EventKind, QueueConfig, TaskStatus, to_micros
+from .base import Answer, Cancel, Command, DeclareQueues, EditQueue, Moved, Note, Purge, Requeue, Rescue, Revoke
+from .ledger import Ledger
+from .rows import micros, moment, moved_of, status_of, stored_status
+from .statements import Cursor, Statements
+from .tables import queue as queue_table
+from .tables import revoked, task
+
+CRASH_BUDGET = 3
+"""Processes that may die while running one task before it is failed as `crash_loop`."""
+
+
+class Commands:
+    def __init__(
+        self,
+        connection: Connection,
+        cursor: Cursor,
+        statements: Statements,
+        ledger: Ledger,
+        instance: str,
+        now: datetime,
+    ) -> None:
+        self._connection = connection
+        self._cursor = cursor
+        self._sql = statements
+        self._ledger = ledger
+        self._instance = instance
+        self._now = now
+        self._at = to_micros(now)
+        self.stopping: list[str] = []
+        """Running tasks of this instance that were asked to stop."""
+        self.moved: list[Moved] = []
+        """Tasks whose status a command changed."""
+
+    def obey(self, command: Command) -> Answer:
+        match command:
+            case Cancel(task_id, actor):
+                return self._cancel(task_id, actor)
+            case Requeue(task_id, max_attempts, actor):
+                return self._retry(task_id, max_attempts, actor)
+            case Rescue(instances):
+                return self._rescue(instances)
+            case DeclareQueues(queues):
+                return self._declare_queues(queues)
+            case EditQueue(name, kind, changes, actor, note):
+                return self._edit_queue(name, kind, changes, actor, note)
+            case Purge(before, limit):
+                return self._purge(to_micros(before), limit)
+            case Note(kind, actor, detail, task_id, at):
+                self._ledger.event(kind, task_id, at=micros(at), actor=actor or "", detail=json.dumps(detail))
+                return Answer(changed=1)
+            case Revoke(session_id, expires):
+                return self._revoke(session_id, to_micros(expires))
+
+    def _cancel(self, task_id: str, actor: str | None) -> Answer:
+        row = self._row(task_id)
+        if row is None:
+            return Answer()
+        status = status_of(row)
+        if status is TaskStatus.PENDING:
+            self._update(task_id, status=TaskStatus.CANCELLED, finished_at=self._at)
+            self._ledger.event(EventKind.CANCELLED, task_id, actor=actor)
+            self._ledger.move(row.queue, row.name, row.status, TaskStatus.CANCELLED)
+            self._ledger.ran(row.queue, row.name, TaskStatus.CANCELLED, row.started_at, self._at)
+            self.moved.append(moved_of(row, TaskStatus.CANCELLED, self._now))
+        elif status is TaskStatus.RUNNING:
+            self._update(task_id, cancel_requested=True)
+            if row.instance == self._instance:
+                self.stopping.append(task_id)
+            self._ledger.event(EventKind.CANCEL_REQUESTED, task_id, row.attempt, actor=actor)
+        return Answer(before=status, changed=int(not status.terminal), instance=row.instance)
+
+    def _retry(self, task_id: str, max_attempts: int, actor: str | None) -> Answer:
+        row = self._row(task_id)
+        if row is None:
+            return Answer()
+        before = status_of(row)
+        if before in RETRYABLE:
+            self.requeue(row, max_attempts, actor)
+        return Answer(before=before, changed=int(before in RETRYABLE))
+
+    def requeue(
+        self, row: Row[Any], max_attempts: int, actor: str | None, run_at: datetime | None = None, **changes: object
+    ) -> None:
+        status = stored_status(TaskStatus.PENDING, run_at, self._now)
+        self._update(
+            row.task_id,
+            status=status,
+            run_at=micros(run_at) if status == DELAYED else self._at,
+            excused=row.attempt,
+            max_attempts=max_attempts,
+            crashes=0,
+            started_at=None,
+            finished_at=None,
+            result=None,
+            error=None,
+            stacktrace=None,
+            cancel_requested=False,
+            **changes,
+        )
+        self._ledger.event(EventKind.REQUEUED, row.task_id, actor=actor)
+        self._ledger.move(row.queue, row.name, row.status, status)
+        self._ledger.ran_no_more(row)
+
+    def _rescue(self, instances: Sequence[str]) -> Answer:
+        rows = json.dumps([[instance] for instance in instances])
+        lost = self._connection.execute(self._sql.lost, {"rows": rows}).all()
+        for row in lost:
+            crashes = row.crashes + 1
+            if row.cancel_requested:
+                kind, status, error = EventKind.CANCELLED, TaskStatus.CANCELLED, "cancelled by an operator"
+            elif not row.requeue:
+                kind, status, error = EventKind.INTERRUPTED, TaskStatus.INTERRUPTED, "its process went away"
+            elif crashes >= CRASH_BUDGET:
+                kind, status = EventKind.FAILED, TaskStatus.FAILED
+                error = f"crash_loop: its process died {crashes} times while it ran"
+            else:
+                kind, status, error = EventKind.RESCUED, TaskStatus.PENDING, None
+            self._update(
+                row.task_id,
+                status=status,
+                crashes=crashes,
+                excused=row.excused + 1,
+                error=error,
+                run_at=self._at if status is TaskStatus.PENDING else row.run_at,
+                finished_at=self._at if status.terminal else None,
+                cancel_requested=False,
+            )
+            self._ledger.event(kind, row.task_id, row.attempt, detail=error or f"left running by {row.instance}")
+            self._ledger.move(row.queue, row.name, TaskStatus.RUNNING, status)
+            facts = {"excused": row.excused + 1, "started_at": moment(row.started_at), "error": error}
+            self.moved.append(moved_of(row, status, self._now, **facts))
+            if status.terminal:
+                self._ledger.ran(row.queue, row.name, status, row.started_at, self._at)
+        return Answer(changed=len(lost))
+
+    def _declare_queues(self, declared: Mapping[str, QueueConfig]) -> Answer:
+        known = {row.name: row.declared for row in self._connection.execute(sa.select(queue_table)).all()}
+        for name, config in declared.items():
+            limits = {"concurrency": config.concurrency, "max_size": config.max_size}
+            text = json.dumps(limits)
+            if known.get(name) != text:
+                self._set_queue(name, {**limits, "declared": text})
+        return Answer()
+
+    def _edit_queue(
+        self, name: str, kind: EventKind, changes: Mapping[str, Any], actor: str | None, note: str | None
+    ) -> Answer:
+        row = self._connection.execute(sa.select(queue_table).where(queue_table.c.name == name)).first()
+        before = {column: getattr(row, column, None) for column in changes}
+        self._set_queue(name, changes)
+        detail = {"queue": name, "before": before, "after": dict(changes), "note": note}
+        self._ledger.event(kind, "", actor=actor or "", detail=json.dumps(detail))
+        return Answer(changed=1)
+
+    def _set_queue(self, name: str, changes: Mapping[str, Any]) -> None:
+        newest = self._connection.execute(sa.select(sa.func.max(queue_table.c.version))).scalar() or 0
+        values = {"paused": False, **changes, "name": name, "version": newest + 1}
+        statement = self._sql.insert(queue_table).values(values)
+        update = {**changes, "version": newest + 1}
+        self._connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=update))
+
+    def _revoke(self, session_id: str, expires: int) -> Answer:
+        self._connection.execute(revoked.delete().where(revoked.c.expires_at <= self._at))
+        row = {"session_id": session_id, "expires_at": expires}
+        self._connection.execute(self._sql.insert(revoked).values(row).on_conflict_do_nothing())
+        return Answer(changed=1)
+
+    def _purge(self, before: int, limit: int) -> Answer:
+        deleted = 0
+        for status in (status for status in TaskStatus if status.terminal):
+            values = {"status": status, "before": before, "most": limit - deleted}
+            rows = self._sql.purge.run(self._cursor, **values).fetchall() if deleted < limit else []
+            for _, queue, name, started_at, finished_at in rows:
+                self._ledger.move(queue, name, status, None)
+                self._ledger.ran(queue, name, status, finished_at, started_at)
+            gone = [(task_id,) for task_id, *_ in rows]
+            if gone:
+                self._sql.purge_events.run_rows(self._cursor, gone)
+                self._sql.purge_logs.run_rows(self._cursor, gone)
+            deleted += len(rows)
+        return Answer(changed=deleted)
+
+    # -- rows
+
+    def _row(self, task_id: str) -> Row[Any] | None:
+        found = self.rows([task_id])
+        return found[0] if found else None
+
+    def rows(self, task_ids: Sequence[str]) -> Sequence[Row[Any]]:
+        rows = json.dumps([[task_id] for task_id in task_ids])
+        return self._connection.execute(self._sql.rows, {"rows": rows}).all()
+
+    def _update(self, task_id: str, **values: object) -> None:
+        self._connection.execute(sa.update(task).where(task.c.task_id == task_id).values(values))

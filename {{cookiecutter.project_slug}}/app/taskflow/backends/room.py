@@ -1,0 +1,92 @@
+"""What may be claimed: the queues' limits, how full they are, and what is left of it in this turn.
+
+Owns the arithmetic of limits; it asks the database only for the limits themselves. The turn writer calls it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+from ..models import QueueState, TaskStatus
+from .base import Demand
+from .statements import Cursor, Statements
+
+CLAIM_BATCH = 250
+"""Tasks of one queue that one turn claims at most: the first run while the next are claimed."""
+
+
+class QueueBook:
+    """The queues' limits, remembered between turns and read again when their version has changed."""
+
+    def __init__(self) -> None:
+        self._version: int | None = None
+        self.queues: Mapping[str, QueueState] = {}
+
+    def refresh(self, cursor: Cursor, statements: Statements) -> None:
+        row = statements.queue_version.run(cursor).fetchone()
+        version = row[0] if row else None
+        if version != self._version:
+            rows = statements.queues.run(cursor).fetchall()
+            self.queues = {
+                name: QueueState(name, concurrency, max_size, bool(paused), reason)
+                for name, concurrency, max_size, paused, reason in rows
+            }
+            self._version = version
+
+
+class Levels:
+    """How many tasks are ready and running, by queue and name, at one moment of a turn."""
+
+    def __init__(self, counts: Iterable[tuple[str, str, str, int]]) -> None:
+        self._names: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.pending: Counter[str] = Counter()
+        self.running: Counter[str] = Counter()
+        for queue, name, status, n in counts:
+            if status == TaskStatus.PENDING:
+                self._names[queue][name] += n
+                self.pending[queue] += n
+            elif status == TaskStatus.RUNNING:
+                self.running[queue] += n
+
+    def waiting(self, queue: str) -> set[str]:
+        """Names of which tasks are ready in that queue."""
+        return {name for name, n in self._names[queue].items() if n > 0}
+
+    def queues(self) -> list[str]:
+        return sorted(queue for queue, n in self.pending.items() if n > 0)
+
+
+class Room:
+    """What may still be claimed in this turn: free slots of executors, and what each queue allows, counted down."""
+
+    def __init__(self, demand: Demand, queues: Mapping[str, QueueState], levels: Levels) -> None:
+        self._names = demand.names
+        self._slots = {kind: free for kind, free in demand.slots.items() if free > 0}
+        self._queues = queues
+        self._running = Counter(levels.running)
+
+    def startable(self, names: Collection[str]) -> set[str]:
+        """Those names that this instance knows and has a slot for."""
+        return {name for name in names if self._names.get(name) in self._slots}
+
+    def free(self, queue: str) -> int:
+        return max(0, min(sum(self._slots.values()), self._allowed(queue), CLAIM_BATCH))
+
+    def take(self, queue: str, name: str) -> bool:
+        """One slot for a task of that name, if there is one."""
+        kind = self._names.get(name, "")
+        if kind not in self._slots or self._allowed(queue) <= 0:
+            return False
+        self._slots[kind] -= 1
+        if self._slots[kind] == 0:
+            del self._slots[kind]
+        self._running[queue] += 1
+        return True
+
+    def _allowed(self, queue: str) -> int:
+        """How many more of this queue's tasks may run, on all instances together."""
+        state = self._queues.get(queue)
+        if state is None or (state.concurrency is None and not state.paused):
+            return CLAIM_BATCH
+        return 0 if state.paused else (state.concurrency or 0) - self._running[queue]
