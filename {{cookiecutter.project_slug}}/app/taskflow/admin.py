@@ -21,7 +21,9 @@ from .web.api import api_router
 from .web.auth import Auth, Gate, Sessions, auth_backend
 from .web.html import Renderer, assets_router
 from .web.login import login_router
+from .web.operations import operations_router
 from .web.pages import pages_router
+from .web.route import LARGEST_BODY
 from .web.site import Site
 from .web.stream import Feed, stream_router
 from .web.visits import Visits
@@ -104,7 +106,10 @@ def web_router(site: Site, gate: Gate) -> APIRouter:
     router.include_router(login_router(site, gate, renderer), prefix=site.path)
     router.include_router(stream_router(feed), prefix=site.path, dependencies=session)
     router.include_router(pages_router(site, feed, renderer), prefix=site.path, dependencies=session)
-    router.include_router(api_router(site), prefix=site.path, dependencies=session, tags=[site.title])
+    for api in (operations_router(site), api_router(site)):
+        router.include_router(
+            api, prefix=site.path, dependencies=session, tags=[site.title], max_body_size=LARGEST_BODY
+        )
     return router
 
 

@@ -21,6 +21,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -238,15 +239,27 @@ def settle_in(pipe: Connection, parent: int) -> None:
         os.setpgid(0, 0)  # a group of its own: what the task started can be killed with it
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that the task starts would inherit
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    os.register_at_fork(after_in_child=lambda: become_ordinary(pipe))
+    os.register_at_fork(before=hold_signals, after_in_parent=release_signals, after_in_child=partial(part, pipe))
+    release_signals()
 
 
-def become_ordinary(pipe: Connection) -> None:
+def part(pipe: Connection) -> None:
     """In a process that a task forked: without the pipe it is no second worker, and it ends like any other."""
     pipe.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    release_signals()
+
+
+def hold_signals() -> None:
+    """For this thread and the process it starts, until that has settled what they mean to it."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
+def release_signals() -> None:
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def end_with_parent(parent: int) -> None:

@@ -25,6 +25,7 @@ import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from time import monotonic, sleep
@@ -35,7 +36,7 @@ from .context import TaskContext
 from .errors import TaskflowError, WorkerError, WorkerLost
 from .executors import Call
 from .models import ExecutorKind
-from .process_worker import Began, Progressed, Raised, Request, Returned, Said, work
+from .process_worker import Began, Progressed, Raised, Request, Returned, Said, hold_signals, work
 from .registry import TaskFunction, where
 
 START_TIME = 120.0
@@ -181,7 +182,9 @@ class Worker:
     # -- its thread
 
     def _live(self, name: str) -> None:
-        hold_signals()
+        if sys.platform != "win32":
+            resource_tracker.ensure_running()  # else the first start does, which lets signals through again
+        hold_signals()  # a Ctrl-C must not end the new process in the middle of its imports
         job = self._jobs.get()
         try:
             with self._started(name) as pipe:
@@ -307,12 +310,6 @@ class WorkerTraceback(Exception):
     def __init__(self, text: str) -> None:
         self.text = text
         super().__init__(f"in a worker process\n{text.rstrip()}")
-
-
-def hold_signals() -> None:
-    """For this thread and the process it starts, until that is settled: a Ctrl-C must not end it in its imports."""
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def kill_group(process: SpawnProcess) -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:  # its import needs greenlet, which only those have who use it
     from sqlalchemy.ext.asyncio import AsyncSession
 
 
+LISTENING = "taskflow.listening"
+"""Under this key a session remembers who is told of its commits: one listener, however often it is used."""
+
+
 async def enlist(
     backend: Backend, session: Session | AsyncSession, turn: Turn, *, committed: Callable[[], None]
 ) -> None:
@@ -40,10 +44,10 @@ async def enlist(
 
     if isinstance(session, Session):
         write(session.connection())
-        listen_once(session, committed)
+        tell_after_commit(session, committed)
     else:
         await (await session.connection()).run_sync(write)
-        listen_once(session.sync_session, committed)
+        tell_after_commit(session.sync_session, committed)
 
 
 def refuse(draft: Draft, limit: int | None) -> None:
@@ -51,11 +55,16 @@ def refuse(draft: Draft, limit: int | None) -> None:
         raise QueueFullError(draft.queue, limit)
 
 
-def listen_once(session: Session, committed: Callable[[], None]) -> None:
-    def after_commit(_session: Any) -> None:
-        committed()
+def tell_after_commit(session: Session, committed: Callable[[], None]) -> None:
+    """Calls `committed` after each commit of the session from now on, but not when a savepoint is released."""
 
-    event.listen(session, "after_commit", after_commit, once=True)
+    def after_commit(session: Session) -> None:
+        if not session.in_nested_transaction():
+            committed()
+
+    if committed not in session.info.setdefault(LISTENING, []):
+        session.info[LISTENING].append(committed)
+        event.listen(session, "after_commit", after_commit)
 
 
 def require_same_database(theirs: URL, ours: URL) -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pytest
 from fastapi import (
@@ -48,6 +48,9 @@ from app.taskflow.models import TaskConfig
 
 from .conftest import StartManager
 from .helpers import PATIENCE, eventually
+
+if TYPE_CHECKING:
+    OnlyForTypeCheckers = str
 
 pytestmark = pytest.mark.anyio
 
@@ -188,6 +191,10 @@ async def test_every_way_of_writing_a_dependency_works(start_manager: StartManag
         return [settings.word, other is settings]
 
     @manager.task
+    async def for_type_checkers(word: "OnlyForTypeCheckers" = Depends(get_word)) -> str:
+        return str(word)
+
+    @manager.task
     async def by_partial(word: Annotated[str, Depends(partial(str.upper, "word"))]) -> str:
         return word
 
@@ -197,6 +204,7 @@ async def test_every_way_of_writing_a_dependency_works(start_manager: StartManag
 
     assert await manager.result(await manager.enqueue(written_as_text, 1)) == [False, 1, "word"]
     assert await manager.result(await manager.enqueue(by_class)) == ["word", True]
+    assert await manager.result(await manager.enqueue(for_type_checkers)) == "word"
     assert await manager.result(await manager.enqueue(by_partial)) == "WORD"
     assert await manager.result(await manager.enqueue(optional)) == "word"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -161,6 +161,17 @@ async def test_an_attempt_that_asked_to_be_run_later_uses_no_retry(start_manager
     await eventually(lambda: statuses(memory)[-1:] == ["success"])
     assert statuses(memory) == ["running", "pending"] * 2 + ["running", "success"]
     assert {event.retries_used for event in memory.lifecycle_events} == {0}
+
+
+async def test_the_retries_that_are_told_are_those_of_the_record(bench: Bench) -> None:
+    task_id = await bench.add(max_attempts=5)
+    told, stored = [], []
+    for excused in (False, True, True, False):
+        task = await bench.claim_one()
+        finish = make_finish(task, TaskStatus.PENDING, bench.now, run_at=bench.now, excused=excused)
+        told += [event.retries_used for event in lifecycle_events([finish], await bench.turn(finishes=[finish]))]
+        stored.append((await bench.get(task_id)).retries_used)
+    assert told == stored == [0, 0, 0, 1]
 
 
 async def test_a_failure_is_told_with_its_error_and_stacktrace(start_manager: StartManager) -> None:
@@ -517,6 +528,7 @@ class Lived(TaskObserver):
         self.calls.append("startup")
 
     async def on_log(self, event: LogEvent) -> None:
+        await asyncio.sleep(0.001)
         self.calls.append(event.message)
 
     async def flush(self) -> None:
@@ -540,8 +552,26 @@ async def test_an_observer_is_flushed_at_least_once_for_so_many_events() -> None
     lived = Lived()
     async with running_chain(lived) as chain:
         chain.logged([make_line(n) for n in range(2 * BATCH + 1)])
-        await chain.delivered()
+        await asyncio.wait_for(chain.delivered(), PATIENCE)
         assert lived.calls.count("flush") == 3
+
+
+async def test_the_manager_closes_its_observers_last(start_manager: StartManager) -> None:
+    lived = Lived()
+    manager = await start_manager(loggers=[lived], shutdown_timeout=0.0)
+
+    @manager.task
+    async def endless() -> None:
+        task_log("here")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            task_log("stopped")
+
+    await manager.enqueue(endless)
+    await eventually(lambda: "here" in lived.calls)
+    await manager.shutdown()
+    assert [call for call in lived.calls if call != "flush"] == ["startup", "here", "stopped", "close"]
 
 
 @pytest.mark.parametrize("trouble", ["raises", "hangs"])
@@ -598,6 +628,25 @@ async def test_an_observer_that_hangs_delays_a_stop_only_up_to_the_deadline(
         assert hanging.closed
         assert caplog.messages == ["observer Stubborn: stopped before 2 events were delivered"]
     free.set()
+
+
+async def test_an_observer_that_swallows_the_end_of_its_loop_is_closed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(observers_module, "LAST_WORDS", 0.1)
+
+    class Swallowing(Hanging):
+        async def on_log(self, event: LogEvent) -> None:
+            with suppress(asyncio.CancelledError):
+                await super().on_log(event)
+
+    swallowing = Swallowing()
+    async with running_chain(swallowing) as chain:
+        chain.logged([make_line(n) for n in range(3)])
+        await eventually(lambda: swallowing.seen)
+    assert swallowing.seen == ["line 0"]
+    assert swallowing.closed
+    assert caplog.messages == ["observer Swallowing: stopped before 2 events were delivered"]
 
 
 async def test_the_tasks_last_words_reach_the_observers_at_a_stop(start_manager: StartManager) -> None:

@@ -22,7 +22,7 @@ from .helpers import START, Bench, all_tasks, make_draft
 
 pytestmark = pytest.mark.anyio
 
-GROWING = ("taskflow_task", "taskflow_event", "taskflow_log")
+GROWING = "taskflow_task|taskflow_event|taskflow_log"
 """Tables that grow with all that has ever run. The others grow with names, queues and processes."""
 
 
@@ -133,12 +133,15 @@ async def test_no_statement_of_daily_life_walks_through_a_table_that_grows(file:
     bad = []
     with closing(sqlite3.connect(file)) as connection:
         for sql, parameters in asked.items():
+            before = ""
             for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {sql}", parameters):
-                # A walk along an index is fine where a LIMIT ends it: only pages and the next due time ask like that.
-                scan = re.match(rf"SCAN ({'|'.join(GROWING)})\b(?! USING (COVERING )?INDEX)", step)
-                walk = re.match(rf"SCAN ({'|'.join(GROWING)})\b", step) and "LIMIT" not in sql
-                if scan or walk or ("TEMP B-TREE" in step and "taskflow_event" in sql):
+                # A walk along an index is fine where a LIMIT ends it; rows that were found may not have to be sorted.
+                scans = re.match(rf"SCAN ({GROWING})\b(?! USING (COVERING )?INDEX)", step)
+                walks = re.match(rf"SCAN ({GROWING})\b", step) and "LIMIT" not in sql
+                sorts = "TEMP B-TREE" in step and re.search(GROWING, before)
+                if scans or walks or sorts:
                     bad.append((step, sql))
+                before = step
     assert not bad, json.dumps(bad, indent=1)
 
 

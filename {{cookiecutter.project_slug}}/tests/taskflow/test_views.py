@@ -301,3 +301,17 @@ def test_a_stacktrace_shows_the_teams_own_frames_first() -> None:
 @pytest.mark.parametrize(("trace", "name"), [(TRACE, "CardDeclined"), ("KeyError\n", "KeyError"), (None, "")])
 def test_an_error_has_the_name_of_its_class(trace: str | None, name: str) -> None:
     assert views.error_type(trace) == name
+
+
+@pytest.mark.parametrize(
+    ("progress", "words"),
+    [
+        ({"done": 40, "total": 100, "message": "reading"}, "40 of 100 · reading"),
+        ({"done": 0, "total": 600}, "0 of 600"),
+        ({"done": 3}, "3"),
+        ({"message": "nearly"}, "nearly"),
+        ({}, ""),
+    ],
+)
+def test_progress_is_told_as_far_as_the_task_said_so(progress: dict[str, object], words: str) -> None:
+    assert views.progress_words(progress) == words

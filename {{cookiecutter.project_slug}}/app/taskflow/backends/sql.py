@@ -137,7 +137,8 @@ class SqlBackend:
 
     def enlist(self, connection: Connection, turn: Turn) -> TurnResult:
         """Writes drafts on a connection of the caller's, as part of the caller's transaction."""
-        with self._driver_errors():
+        with translated(), self._driver_errors():
+            connection.execute(counter.update().where(sa.false()).values(n=0))  # takes the write lock before it reads
             cursor = connection.connection.cursor()
             return TurnWriter(connection, cursor, self._statements, QueueBook(), turn).write(rotation=0)
 

@@ -18,9 +18,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from ..errors import TaskNotFound
 from ..models import Cursor, TaskFilter, TaskRecord, TaskStatus, utc_now
-from . import records
+from . import records, shapes
 from .auth import actor_of
 from .records import Json
+from .route import ApiRoute
 from .site import Site
 from .views import parse_moment
 
@@ -90,14 +91,14 @@ def checked_id(text: str) -> str:
 
 
 def api_router(site: Site) -> APIRouter:
-    router = APIRouter(default_response_class=Json)
+    router = APIRouter(route_class=ApiRoute, default_response_class=Json, responses=shapes.REFUSALS)
     manager, store = site.manager, site.manager.store
 
     async def whole(task: TaskRecord) -> dict[str, Any]:
         shown = records.task_record(store, task, await store.logs(task.task_id, 0, MOST_LOG_LINES))
         return shown | records.arguments(store, task) if site.display_func_args else shown
 
-    @router.get("", summary="Tasks, newest first")
+    @router.get("", response_model=list[shapes.ShownTask], summary="Tasks, newest first")
     async def list_tasks(request: Request, query: Annotated[ListQuery, Query()]) -> Response:
         try:
             where, before = query.filter(), query.cursor()
@@ -110,46 +111,73 @@ def api_router(site: Site) -> APIRouter:
             rows = [row | records.arguments(store, task) for row, task in zip(rows, calls, strict=True)]
         return Json(rows, headers={"Link": next_link(site.base(request), request, page.older)} if page.older else None)
 
-    @router.get("/metrics", summary="Numbers over all stored tasks")
+    @router.get(
+        "/metrics",
+        response_model=shapes.ShownMetrics,
+        summary="Numbers over all stored tasks",
+        responses={
+            200: {"content": {"text/plain": {}}, "description": "Prometheus's text format where it is asked for"}
+        },
+    )
     async def metrics(request: Request) -> Response:
         found = await store.metrics()
         if wants_text(request.headers.get("accept", "")):
             return PlainTextResponse(records.metrics_text(found), media_type="text/plain; version=0.0.4")
         return Json(records.metrics_json(found))
 
-    @router.get("/health", summary="Whether this process works")
+    @router.get("/health", response_model=shapes.ShownHealth, summary="Whether this process works")
     async def health() -> Response:
         return Json({"status": "ok"})
 
-    @router.get("/ready", summary="Whether this process should get traffic")
+    @router.get("/ready", response_model=shapes.ShownHealth, summary="Whether this process should get traffic")
     async def ready() -> Response:
         reason = manager.unready()
         if reason is None:
             return Json({"status": "ready"})
         return Json({"detail": reason}, 503, {"Retry-After": "2"})
 
-    @router.get("/instances", summary="Processes that serve these tasks")
+    @router.get("/instances", response_model=list[shapes.ShownInstance], summary="Processes that serve these tasks")
     async def instances() -> Response:
         return Json([records.instance_row(instance) for instance in await store.instances()])
 
-    @router.get("/{task_id}", summary="One task")
+    @router.get("/{task_id}", response_model=shapes.ShownTaskRecord, summary="One task", responses=shapes.UNKNOWN)
     async def show(task_id: str) -> Response:
         return Json(await whole(await store.get(checked_id(task_id))))
 
-    @router.get("/{task_id}/events", summary="What happened to a task")
+    @router.get(
+        "/{task_id}/events",
+        response_model=list[shapes.ShownEvent],
+        summary="What happened to a task",
+        responses=shapes.UNKNOWN,
+    )
     async def events(task_id: str) -> Response:
         return Json([records.event_row(event) for event in await store.events(checked_id(task_id))])
 
-    @router.get("/{task_id}/logs", summary="What a task logged")
+    @router.get(
+        "/{task_id}/logs",
+        response_model=list[shapes.ShownLogLine],
+        summary="What a task logged",
+        responses=shapes.UNKNOWN,
+    )
     async def logs(task_id: str, after: Annotated[int, Query(ge=0, lt=2**63)] = 0) -> Response:
         return Json([records.log_row(entry) for entry in await store.logs(checked_id(task_id), after)])
 
-    @router.post("/{task_id}/cancel", summary="Stop a task, or keep it from starting")
+    @router.post(
+        "/{task_id}/cancel",
+        response_model=shapes.ShownCommand,
+        summary="Stop a task, or keep it from starting",
+        responses=shapes.COMMANDS,
+    )
     async def cancel(request: Request, task_id: str) -> Response:
         task = await store.cancel(checked_id(task_id), actor_of(request))
         return Json({"task_id": task.task_id, "task": await whole(task)})
 
-    @router.post("/{task_id}/retry", summary="Run a task again that did not succeed")
+    @router.post(
+        "/{task_id}/retry",
+        response_model=shapes.ShownCommand,
+        summary="Run a task again that did not succeed",
+        responses=shapes.COMMANDS | shapes.GONE,
+    )
     async def retry(request: Request, task_id: str) -> Response:
         task = await store.retry(checked_id(task_id), actor_of(request))
         return Json({"task_id": task.task_id, "task": await whole(task)})
@@ -161,7 +189,7 @@ def invalid_query(message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": ("query",), "msg": message, "input": None}])
 
 
-def next_link(base: str, request: Request, older: Cursor) -> str:
+def next_link(base: str, request: Request, older: Cursor | str) -> str:
     """The same question, continued below `older`. Without scheme and host: only the client knows the outer ones."""
     asked = [(key, value) for key, value in request.query_params.multi_items() if key != "before"]
     return f'<{base}?{urlencode([*asked, ("before", str(older))])}>; rel="next"'

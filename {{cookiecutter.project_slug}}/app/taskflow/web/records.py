@@ -14,11 +14,19 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from ..models import InstanceRecord, LogEntry, TaskEvent, TaskRecord
-from ..store import Metrics, TaskStore
+from ..models import EventKind, InstanceRecord, LogEntry, QueueState, TaskEvent, TaskRecord
+from ..store import Metrics, Retried, TaskStore
 
 UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
 """What reading a stored value may raise when its text was damaged, or was written under another key."""
+
+ACTIONS: Mapping[str, str] = {
+    EventKind.REQUEUED: "retry",
+    EventKind.COPIED: "retry",
+    EventKind.CANCELLED: "cancel",
+    EventKind.CANCEL_REQUESTED: "cancel",
+}
+"""What the audit calls an event; the others have the action's name."""
 
 
 class Json(JSONResponse):
@@ -145,6 +153,52 @@ def instance_row(instance: InstanceRecord) -> dict[str, Any]:
         "slots": instance.slots,
         "running": instance.running,
     }
+
+
+def queue_row(queue: QueueState) -> dict[str, Any]:
+    return {
+        "name": queue.name,
+        "concurrency": queue.concurrency,
+        "max_size": queue.max_size,
+        "paused": queue.paused,
+        "reason": queue.reason,
+        "pending": queue.pending,
+        "running": queue.running,
+        "finished": queue.finished,
+        "rejected": queue.rejected,
+    }
+
+
+def retried(found: Retried) -> dict[str, Any]:
+    """What a retry of many tasks did."""
+    return {
+        "dispatched": len(found.new_ids),
+        "skipped": found.skipped,
+        "results": [{"original_task_id": old, "new_task_id": new} for old, new in found.new_ids.items()],
+    }
+
+
+def audit_row(event: TaskEvent) -> dict[str, Any]:
+    """An event with an actor, as an entry of the audit. Its id is a string, which no reader rounds."""
+    return {
+        "entry_id": str(event.seq),
+        "action": ACTIONS.get(event.kind, event.kind),
+        "task_id": event.task_id or None,
+        "actor": event.actor,
+        "timestamp": iso(event.time),
+        "detail": detail_object(event.detail),
+    }
+
+
+def detail_object(text: str | None) -> Any:
+    """What is stored as a JSON object, as such; words under `message`; nothing as an empty one."""
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    return plain(value) if isinstance(value, dict) else {"message": text}
 
 
 def metrics_json(metrics: Metrics) -> dict[str, Any]:

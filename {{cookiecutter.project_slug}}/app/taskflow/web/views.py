@@ -294,6 +294,12 @@ def can_cancel(task: TaskRecord) -> bool:
     return not task.status.terminal and not task.cancel_requested
 
 
+def progress_words(progress: Mapping[str, Any]) -> str:
+    """`40 of 100 · reading`, as far as the task said so."""
+    number = " of ".join(str(progress[key]) for key in ("done", "total") if progress.get(key) is not None)
+    return " · ".join(str(part) for part in (number, progress.get("message")) if part)
+
+
 def progress_share(progress: Mapping[str, Any]) -> float | None:
     """Between 0 and 1; None where the task did not say out of how much."""
     done, total = progress.get("done"), progress.get("total")
@@ -380,6 +386,7 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "percent": percent,
     "pretty": pretty,
     "progress_share": progress_share,
+    "progress_words": progress_words,
     "run_seconds": run_seconds,
     "seconds": seconds,
     "short_id": short_id,

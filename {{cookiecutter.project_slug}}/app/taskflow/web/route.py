@@ -1,0 +1,42 @@
+"""The route class of the JSON API: what is wrong with a request is answered as 422, whatever the request holds.
+
+Called by the routers of `api.py` and `operations.py`. FastAPI's own answer repeats the input, and fails on what JSON
+has no word for (NaN, a lone surrogate); this one says where the problem is and what is wrong there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+
+from .records import Json
+
+LARGEST_BODY = 512 * 1_024
+"""Bytes; more is 413, before it is read."""
+
+
+class ApiRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await answer(request)
+            except RequestValidationError as error:
+                return Json({"detail": [problem(part) for part in error.errors()]}, 422)
+            except HTTPException as error:
+                if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):
+                    # JSON that cannot be read although its syntax is right: digits or brackets without end, no UTF-8
+                    return Json({"detail": str(error.detail)}, 422)
+                raise
+
+        return guarded
+
+
+def problem(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": part["type"], "loc": list(part["loc"]), "msg": part["msg"]}
