@@ -92,32 +92,58 @@ COMPARISONS: dict[str, tuple[str, Callable[[str], Result]]] = {
 }
 
 
+PATHS = ["async", "thread", "process", "retries", "encryption", "observers", "queues"]
+HISTORY = {"empty": "0", "1,000,000 rows": "1000000"}
+
+
+def alone(title: str, variants: Mapping[str, tuple[str, ...]], rounds: int) -> None:
+    """Variants of our own system, taking turns."""
+    samples: defaultdict[str, list[Result]] = defaultdict(list)
+    for _ in range(rounds):
+        for variant, arguments in variants.items():
+            samples[variant].append(child("ours", *arguments))
+    show(title, samples)
+
+
+def show(title: str, samples: Mapping[str, list[Result]]) -> None:
+    print(f"\n{title}")
+    for name, results in samples.items():
+        cells = [f"{key} {median(result[key] for result in results):>10,.2f}" for key in results[0]]
+        print(f"  {name:<14} " + "   ".join(cells), flush=True)
+
+
 def compare(name: str, rounds: int) -> None:
     title, measure = COMPARISONS[name]
     samples: defaultdict[str, list[Result]] = defaultdict(list)
     for _ in range(1 if name == "memory" else rounds):
         for contestant in CONTESTANTS:
             samples[contestant].append(measure(contestant))
-    print(f"\n{title}")
-    for contestant in CONTESTANTS:
-        results = samples[contestant]
-        cells = [f"{key} {median(result[key] for result in results):>10,.1f}" for key in results[0]]
-        print(f"  {contestant:<6} " + "   ".join(cells), flush=True)
+    show(title, samples)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COMPARISONS)}; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(COMPARISONS)}, paths, history; default: all"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    if unknown := set(arguments.names) - COMPARISONS.keys():
+    everything = [*COMPARISONS, "paths", "history"]
+    if unknown := set(arguments.names) - set(everything):
         parser.error(f"no such comparison: {', '.join(sorted(unknown))}")
     install_rivals()
     print(
         f"Python {platform.python_version()}, {os.cpu_count()} cores; medians of {arguments.rounds} rounds, interleaved"
     )
-    for name in arguments.names or COMPARISONS:
-        compare(name, arguments.rounds)
+    for name in arguments.names or everything:
+        match name:
+            case "paths":
+                alone("Our own paths", {path: ("path", path) for path in PATHS}, arguments.rounds)
+            case "history":
+                variants = {title: ("history", rows) for title, rows in HISTORY.items()}
+                alone("What finished tasks cost", variants, arguments.rounds)
+            case _:
+                compare(name, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -56,16 +56,27 @@ def resident_megabytes() -> float:
     raise RuntimeError("no VmRSS in /proc/self/status")
 
 
+def load(contestant: str) -> Any:
+    return importlib.import_module(f"benchmarks.contestants.{contestant}")
+
+
+def paths() -> Any:
+    return importlib.import_module("benchmarks.paths")
+
+
 def main() -> None:
     name, scenario, *rest = sys.argv[1:]
-    contestant = importlib.import_module(f"benchmarks.contestants.{name}")
     with tempfile.TemporaryDirectory() as folder:
         database = str(Path(folder) / "tasks.db")
         match scenario:
             case "throughput":
-                result = asyncio.run(throughput(contestant, database, rest[0], int(rest[1])))
+                result = asyncio.run(throughput(load(name), database, rest[0], int(rest[1])))
             case "memory":
-                result = asyncio.run(memory(contestant, database, int(rest[0])))
+                result = asyncio.run(memory(load(name), database, int(rest[0])))
+            case "path":
+                result = {"tasks_per_second": asyncio.run(paths().path(rest[0], database))}
+            case "history":
+                result = asyncio.run(paths().history(int(rest[0]), database))
             case _:
                 raise SystemExit(f"no scenario {scenario!r}")
     print(json.dumps(result))

@@ -6,10 +6,17 @@ and return; they work from coroutines and from threads alike, and do nothing out
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+
+MOST_LINES = 1_000
+"""Log lines that one attempt may store; one more says how many it lost."""
+LONGEST_LINE = 10_000
+"""Characters of a log line that are stored."""
 
 
 class TaskSink(Protocol):
@@ -42,6 +49,30 @@ class TaskContext:
         if message is not None:
             value["message"] = str(message)
         self.sink.progress(self, value)
+
+
+class BoundedWords:
+    """The sink of one attempt: passes on what it may store, and at the end says how much more there was.
+
+    Called from any thread; a counter of `itertools` gives each line its number without a lock.
+    """
+
+    def __init__(self, sink: TaskSink) -> None:
+        self._sink = sink
+        self._lines = itertools.count()
+
+    def log(self, context: TaskContext, level: str, message: str, extra: Mapping[str, Any]) -> None:
+        if next(self._lines) < MOST_LINES:
+            self._sink.log(context, level, message[:LONGEST_LINE], extra)
+
+    def progress(self, context: TaskContext, value: Mapping[str, Any]) -> None:
+        self._sink.progress(context, value)
+
+    def close(self, context: TaskContext) -> None:
+        dropped = next(self._lines) - MOST_LINES
+        if dropped > 0:
+            words = f"{dropped} more log lines of this attempt were dropped: it may store {MOST_LINES:,}"
+            self._sink.log(context, "warning", words, {})
 
 
 class CarriedContexts:

@@ -225,7 +225,8 @@ class Housekeeping:
         others = await asyncio.to_thread(self._backend.lapsed, self._clock())
         if any(other.instance_id != self._me.instance_id for other, _ in others):
             return
-        pending = TaskFilter(statuses=(TaskStatus.PENDING,))
+        # Not what this process has accepted while it waited for its database.
+        pending = TaskFilter(statuses=(TaskStatus.PENDING,), until=self._me.started - timedelta(microseconds=1))
         while tasks := (await self._store.page(pending, None, 500)).tasks:
             await asyncio.gather(*(self._journal.obey(Cancel(task.task_id, None)) for task in tasks))
 

@@ -229,12 +229,12 @@ def can_cross(value: object) -> bool:
 
 def settle_in(pipe: Connection, parent: int) -> None:
     end_with_parent(parent)
-    os.set_inheritable(pipe.fileno(), False)  # held open by a program that the task started, it would hide our death
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what a task printed is not lost when it is killed
     if sys.platform == "win32":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return
+    os.set_inheritable(pipe.fileno(), False)  # held open by a program that the task started, it would hide our death
     with suppress(OSError):
         os.setpgid(0, 0)  # a group of its own: what the task started can be killed with it
     for number in (signal.SIGINT, signal.SIGTERM):

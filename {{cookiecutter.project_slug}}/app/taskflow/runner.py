@@ -16,7 +16,7 @@ from typing import Any, Literal
 from . import codec
 from .backends.base import Claimed, Finish
 from .cipher import Cipher, PlainText
-from .context import TaskContext, TaskSink, current
+from .context import BoundedWords, TaskContext, TaskSink, current
 from .dependencies import Injector
 from .errors import CancelTask, RetryLater, UnknownFunction, UnreadableCall
 from .executors import Call, Executor
@@ -68,6 +68,7 @@ class Attempt:
 
     task: Claimed
     context: TaskContext
+    words: BoundedWords
     stopped_by: Literal["operator", "shutdown"] | None = None
     closing: bool = False
     """True once its function has ended and its dependencies are being closed: nothing is left to be stopped."""
@@ -96,8 +97,9 @@ class Runner:
         self._clock = clock
 
     def attempt(self, task: Claimed) -> Attempt:
-        context = TaskContext(task.task_id, task.name, task.attempt - 1, task.tags, self._sink, task.trace)
-        return Attempt(task, context)
+        words = BoundedWords(self._sink)
+        context = TaskContext(task.task_id, task.name, task.attempt - 1, task.tags, words, task.trace)
+        return Attempt(task, context, words)
 
     async def run(self, attempt: Attempt) -> Finish:
         """Runs the attempt to its end and says what to write. Raises nothing that the task can cause."""
@@ -109,6 +111,7 @@ class Runner:
             config = definition.config
         except UnknownFunction as error:
             outcome, config = Failed(error, final=True), TaskConfig()
+        attempt.words.close(attempt.context)
         finish = decide(task, config, outcome, self._clock())
         return finish if self.retries_wait or finish.run_at is None else replace(finish, run_at=finish.at)
 

@@ -16,13 +16,16 @@ from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from httpx2 import Response
 from pydantic import TypeAdapter
 
-from app.taskflow import BackendUnavailable, QueueConfig, TaskManager
+from app.taskflow import BackendUnavailable, QueueConfig, TaskAdmin, TaskManager
 from app.taskflow.backends import open_backend
 from app.taskflow.backends.base import Revoke
 from app.taskflow.models import EventKind, TaskEvent
+from app.taskflow.testing import instant_retries
 from app.taskflow.web import auth, records, shapes, visits
 from app.taskflow.web.operations import MOST_IDS
 from app.taskflow.web.route import LARGEST_BODY
@@ -30,13 +33,21 @@ from app.taskflow.web.route import LARGEST_BODY
 from .helpers import Bench
 from .web_support import Service, make_manager, service
 
-ADA = {"auth": ("ada", "lovelace"), "secret_key": "a key of the team"}
+ADA: dict[str, Any] = {"auth": ("ada", "lovelace"), "secret_key": "a key of the team"}
 ODD_NAMES = ["a/b", "pause", "x/pause", "x/resume/", "ü ?#%", "a b", "/", "'; --", "\N{PARTY POPPER}"]
 
 
 @pytest.fixture
 def running() -> Iterator[Service]:
     with service() as running:
+        yield running
+
+
+@pytest.fixture
+def frozen(running: Service) -> Iterator[Service]:
+    """Its clock moves only when the test moves it, and retries do not wait for it."""
+    running.manager.clock.freeze()
+    with instant_retries(running.manager):
         yield running
 
 
@@ -123,8 +134,8 @@ def test_a_bulk_retry_has_a_limit_of_ids_and_of_bytes(shared: Service) -> None:
     assert shared.client.post("/tasks/bulk-retry", content=huge, headers=headers).status_code == 413
 
 
-def test_what_failed_in_a_window_is_retried_by_name(running: Service) -> None:
-    running.manager.clock.freeze()
+def test_what_failed_in_a_window_is_retried_by_name(frozen: Service) -> None:
+    running = frozen
     old = running.run("charge_card", 1)
     running.manager.clock.advance(7 * 3_600)
     new = running.run("charge_card", 2)
@@ -153,8 +164,8 @@ def test_a_window_that_is_not_understood_is_400(shared: Service, since: str) -> 
     assert "since" in answer(shared.client.post(f"/tasks/retry-failed?since={since}"), 400)["detail"]
 
 
-def test_history_deletes_only_what_ended_long_enough_ago(running: Service) -> None:
-    running.manager.clock.freeze()
+def test_history_deletes_only_what_ended_long_enough_ago(frozen: Service) -> None:
+    running = frozen
     old = [running.run("add_up", 1, 2), running.run("charge_card", 7)]
     waiting = running.add("add_up", 1, 2, delay_seconds=86_400)
     rejected = running.add("add_up", 1, 2, delay_seconds=86_400)
@@ -176,8 +187,8 @@ def test_history_deletes_only_what_ended_long_enough_ago(running: Service) -> No
     assert before == running.manager.clock() - timedelta(minutes=59)
 
 
-def test_deleting_history_does_not_delete_what_people_did(running: Service) -> None:
-    running.manager.clock.freeze()
+def test_deleting_history_does_not_delete_what_people_did(frozen: Service) -> None:
+    running = frozen
     task_id = running.add("add_up", 1, 2, delay_seconds=60)
     running.client.post(f"/tasks/{task_id}/cancel")
     running.manager.clock.advance(3_600)
@@ -366,7 +377,7 @@ def test_a_queue_may_have_any_name() -> None:
 @pytest.mark.parametrize("route", ["PATCH ", "POST /pause", "POST /resume"])
 def test_an_unknown_queue_is_404(shared: Service, name: str, route: str) -> None:
     method, _, rest = route.partition(" ")
-    body = {"json": {"concurrency": 1}} if method == "PATCH" else {}
+    body: dict[str, Any] = {"json": {"concurrency": 1}} if method == "PATCH" else {}
     assert answer(shared.client.request(method, f"/tasks/queues/{name}{rest}", **body), 404)["detail"]
 
 
@@ -655,18 +666,13 @@ def test_a_full_disk_is_503_for_commands_and_nothing_for_questions(running: Serv
             response = running.client.request(method, f"/tasks{address}", **body)
             assert response.status_code == (200 if method == "GET" else 503), address
             assert ("retry-after" in response.headers) == (method != "GET")
-    running.run("add_up", 1, 2)
+    until(lambda: running.client.get("/tasks/ready").status_code == 200)
     assert audit(running) == [], "what was refused was not done"
     assert queue(running, "sums")["concurrency"] is None
 
 
 @pytest.mark.parametrize(("method", "address", "body"), ROUTES)
 def test_a_service_that_was_not_started_answers_503(method: str, address: str, body: dict[str, Any]) -> None:
-    from fastapi import FastAPI
-    from fastapi.testclient import TestClient
-
-    from app.taskflow import TaskAdmin
-
     app = FastAPI()
     TaskAdmin(app, stored_in(None))
     client = TestClient(app, raise_server_exceptions=False)

@@ -3,18 +3,19 @@ started twice that must not be."""
 
 import asyncio
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from app.taskflow import TaskStatus
 from app.taskflow.backends import open_backend
-from app.taskflow.backends.base import Claimed
-from app.taskflow.models import RETRYABLE, TRANSITIONS, EventKind, from_micros, to_micros
+from app.taskflow.backends.base import Claimed, Demand
+from app.taskflow.models import RETRYABLE, TRANSITIONS, EventKind
 
 from .helpers import IDLE, Bench, all_tasks, assert_counters_match_rows, make_draft, make_finish
 
@@ -35,11 +36,13 @@ LEADS_TO = {
 """Event -> the status it leaves its task in. The others leave it as it was."""
 
 
-class Engine(RuleBasedStateMachine):
-    """Two instances share one database; `held` is what each believes it runs, even when it was rescued meanwhile."""
+PLACES = st.integers(0, 1)
+PICKS = st.integers(0, 7)
 
-    ids = Bundle("ids")
-    attempts = Bundle("attempts")
+
+class Engine(RuleBasedStateMachine):
+    """Two instances share one database. `attempts` is what they were ever given to run, and may still bring back an end
+    for, whatever has become of it meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,6 +52,7 @@ class Engine(RuleBasedStateMachine):
         self.do(self.backend.open())
         self.benches = [Bench(self.backend, name) for name in ("one", "two")]
         self.requeue: dict[str, bool] = {}
+        self.attempts: list[tuple[Claimed, int]] = []
         self.owner: dict[str, tuple[int, str]] = {}
         """Task -> (attempt, instance) that the model thinks holds it."""
         self.cancelling: set[str] = set()
@@ -66,65 +70,74 @@ class Engine(RuleBasedStateMachine):
         bench.now = max(other.now for other in self.benches)
         return bench
 
-    @initialize()
-    def begin(self) -> None:
-        self.do(assert_counters_match_rows(self.backend, self.benches[0].now))
+    def pick(self, number: int) -> str:
+        """A task; low numbers are the newest of those that run."""
+        ids = [*reversed(self.owner), *reversed(self.requeue)]
+        return ids[number % len(ids)]
+
+    def started(self, claimed: Sequence[Claimed], place: int) -> None:
+        for task in claimed:
+            assert task.task_id not in self.owner, "started while it runs elsewhere"
+            self.owner[task.task_id] = (task.attempt, self.benches[place].instance)
+            self.attempts.append((task, place))
 
     @rule(
-        target=ids,
-        place=st.integers(0, 1),
-        count=st.integers(1, 4),
+        place=PLACES,
+        count=st.integers(1, 3),
         requeue=st.sampled_from([True, True, False]),
         delay=st.sampled_from([0, 0, 3]),
-        priority=st.sampled_from([None, 0, 5]),
+        priority=st.sampled_from([None, 5]),
+        slots=st.sampled_from([0, 2]),
     )
-    def accept(self, place: int, count: int, requeue: bool, delay: int, priority: int | None) -> Any:
+    def accept(self, place: int, count: int, requeue: bool, delay: int, priority: int | None, slots: int) -> None:
         bench = self.bench(place)
-        run_at = from_micros(to_micros(bench.now) + delay * 1_000_000)
+        run_at = bench.now + timedelta(seconds=delay)
         drafts = [
             make_draft(at=bench.now, run_at=run_at, requeue=requeue, priority=priority, max_attempts=3)
             for _ in range(count)
         ]
-        self.do(bench.accept(*drafts))
         self.requeue |= {draft.task_id: requeue for draft in drafts}
-        return multiple(*(draft.task_id for draft in drafts))
+        demand = Demand({"job": "thread"}, {"thread": slots}) if slots else None
+        self.started(self.do(bench.turn(drafts=drafts, demand=demand)).claimed, place)
 
-    @rule(task_id=ids, place=st.integers(0, 1))
-    def accept_again(self, task_id: str, place: int) -> None:
+    @precondition(lambda self: self.requeue)
+    @rule(number=PICKS, place=PLACES)
+    def accept_again(self, number: int, place: int) -> None:
         bench = self.bench(place)
-        result = self.do(bench.accept(make_draft(task_id=task_id, at=bench.now)))
+        task_id = self.pick(number)
+        demand = Demand({"job": "thread"}, {"thread": 1})
+        result = self.do(bench.turn(drafts=[make_draft(task_id=task_id, at=bench.now)], demand=demand))
         assert result.existing == {task_id}
+        self.started(result.claimed, place)
 
-    @rule(target=attempts, place=st.integers(0, 1), slots=st.integers(1, 5))
-    def claim(self, place: int, slots: int) -> Any:
-        bench = self.bench(place)
-        claimed = self.do(bench.claim(slots))
+    @precondition(lambda self: self.requeue)
+    @rule(place=PLACES, slots=st.integers(1, 4))
+    def claim(self, place: int, slots: int) -> None:
+        claimed = self.do(self.bench(place).claim(slots))
         assert len(claimed) <= slots
-        for task in claimed:
-            assert task.task_id not in self.owner, "started while it runs elsewhere"
-            self.owner[task.task_id] = (task.attempt, bench.instance)
-        return multiple(*((task, place) for task in claimed))
+        self.started(claimed, place)
 
-    @rule(held=consumes(attempts), status=st.sampled_from(ENDS), wait=st.sampled_from([0, 2]))
-    def finish(self, held: tuple[Claimed, int], status: TaskStatus, wait: int) -> None:
-        task, place = held
+    @precondition(lambda self: self.attempts)
+    @rule(number=PICKS, status=st.sampled_from([TaskStatus.PENDING, *ENDS]), wait=st.sampled_from([0, 2]))
+    def finish(self, number: int, status: TaskStatus, wait: int) -> None:
+        task, place = self.attempts[-1 - number % len(self.attempts)]
         bench = self.bench(place)
-        run_at = from_micros(to_micros(bench.now) + wait * 1_000_000) if status is TaskStatus.PENDING else None
+        run_at = bench.now + timedelta(seconds=wait) if status is TaskStatus.PENDING else None
         result = self.do(bench.turn(finishes=[make_finish(task, status, bench.now, run_at=run_at)]))
         mine = self.owner.get(task.task_id) == (task.attempt, bench.instance)
         assert (task.task_id in result.refused) is not mine
         if not mine:
             return
         del self.owner[task.task_id]
-        expected = status
-        if task.task_id in self.cancelling and status is TaskStatus.PENDING:
-            expected = TaskStatus.CANCELLED
+        withdrawn = task.task_id in self.cancelling and status is TaskStatus.PENDING
         self.cancelling.discard(task.task_id)
-        assert self.do(bench.status(task.task_id)) is expected
+        assert self.do(bench.status(task.task_id)) is (TaskStatus.CANCELLED if withdrawn else status)
 
-    @rule(task_id=ids, place=st.integers(0, 1))
-    def cancel(self, task_id: str, place: int) -> None:
+    @precondition(lambda self: self.requeue)
+    @rule(number=PICKS, place=PLACES)
+    def cancel(self, number: int, place: int) -> None:
         bench = self.bench(place)
+        task_id = self.pick(number)
         before = self.do(bench.status(task_id))
         answer = self.do(bench.cancel(task_id))
         assert answer.before is before
@@ -135,15 +148,18 @@ class Engine(RuleBasedStateMachine):
         else:
             assert after is (TaskStatus.CANCELLED if before is TaskStatus.PENDING else before)
 
-    @rule(task_id=ids, place=st.integers(0, 1))
-    def requeue_by_operator(self, task_id: str, place: int) -> None:
+    @precondition(lambda self: len(self.requeue) > len(self.owner))
+    @rule(number=PICKS, place=PLACES)
+    def requeue_by_operator(self, number: int, place: int) -> None:
         bench = self.bench(place)
+        task_id = self.pick(len(self.owner) + number)
         before = self.do(bench.status(task_id))
         answer = self.do(bench.requeue(task_id, max_attempts=3))
         assert bool(answer.changed) is (before in RETRYABLE)
         assert self.do(bench.status(task_id)) is (TaskStatus.PENDING if answer.changed else before)
 
-    @rule(dead=st.integers(0, 1), place=st.integers(0, 1))
+    @precondition(lambda self: self.owner)
+    @rule(dead=PLACES, place=PLACES)
     def instance_dies(self, dead: int, place: int) -> None:
         """It may be only slow: what it still brings back later must be refused."""
         bench, lost = self.bench(place), self.benches[dead].instance
@@ -162,8 +178,7 @@ class Engine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.001, 1, 5]))
     def time_passes(self, seconds: float) -> None:
-        bench = self.bench(0)
-        bench.pass_time(seconds)
+        self.bench(0).pass_time(seconds)
 
     @invariant()
     def nothing_is_lost_and_the_counters_are_right(self) -> None:
@@ -194,4 +209,4 @@ class Engine(RuleBasedStateMachine):
 
 
 TestEngine = Engine.TestCase
-TestEngine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestEngine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
