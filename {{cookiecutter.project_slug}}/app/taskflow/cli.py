@@ -11,8 +11,8 @@ import getpass
 import logging
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -149,10 +149,14 @@ async def purge_tasks(manager: TaskManager, options: argparse.Namespace) -> None
     print(f"deleted {deleted} tasks")
 
 
-def attached(manager: TaskManager) -> AbstractAsyncContextManager[None]:
-    """The manager as one that looks and commands but runs nothing."""
+@asynccontextmanager
+async def attached(manager: TaskManager) -> AsyncIterator[None]:
+    """The manager as one that looks and commands but runs nothing. Raises TaskflowError when it can do neither."""
     manager.runs_tasks = False
-    return manager.lifespan()
+    async with manager.lifespan():
+        if (reason := manager.unready()) is not None:
+            raise TaskflowError(reason)
+        yield
 
 
 # -- words

@@ -12,7 +12,6 @@ from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-
 MOST_LINES = 1_000
 """Log lines that one attempt may store; one more says how many it lost."""
 LONGEST_LINE = 10_000

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from .backends.base import Answer, Backend, Command, Demand, Draft, Finish, LogLine, Progress, Turn, TurnResult
 from .context import TaskContext
-from .errors import BackendUnavailable, QueueFullError
+from .errors import BackendUnavailable, QueueFullError, TaskflowError
 from .loops import Loop, pause_after
 from .models import QueueState
 
@@ -233,8 +233,7 @@ class Journal:
         self._turning, self._turn_began = batch.size > 0, monotonic()
         try:
             if not self._opened:
-                await self._backend.open()
-                self._opened = True
+                await self._open()
             result = await asyncio.shield(self._backend.turn(self._turn(batch)))
         except BackendUnavailable as error:
             self._put_back(batch)
@@ -250,6 +249,13 @@ class Journal:
             self._written(batch, result)
         finally:
             self._turning, self._turn_began = False, float("inf")
+
+    async def _open(self) -> None:
+        try:
+            await self._backend.open()
+        except TaskflowError as error:  # a newer schema, say: nothing can be stored until other code comes
+            raise error if isinstance(error, BackendUnavailable) else BackendUnavailable(str(error)) from error
+        self._opened = True
 
     async def _until_needed(self) -> None:
         if not (self._wake.is_set() or self._more or self._careful or self._waiting or self._finishes):

@@ -592,10 +592,13 @@ def test_a_full_disk_keeps_nobody_from_logging_in_or_out_and_is_told_of_it_later
             one.client.post("/tasks/auth/logout")
             assert not admitted(one, token)
             assert admitted(two, token), "not told yet"
+            came_back = datetime.now(UTC)
         until(lambda: not admitted(two, token))
         log_in(one)
         until(lambda: len(actions(one)) == 4)
-        assert [action for action, _ in actions(one)] == ["login", "logout", "login", "login"]
+        entries = audit(one)
+        assert [entry["action"] for entry in entries] == ["login", "logout", "login", "login"]
+        assert datetime.fromisoformat(entries[1]["timestamp"]) < came_back, "as of when it was done"
 
 
 def test_a_backend_that_is_away_from_the_start_keeps_nobody_from_logging_in_or_out(

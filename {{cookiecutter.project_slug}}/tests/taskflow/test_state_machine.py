@@ -17,7 +17,7 @@ from app.taskflow.backends import open_backend
 from app.taskflow.backends.base import Claimed, Demand
 from app.taskflow.models import RETRYABLE, TRANSITIONS, EventKind
 
-from .helpers import IDLE, Bench, all_tasks, assert_counters_match_rows, make_draft, make_finish
+from .helpers import IDLE, Bench, all_tasks, assert_counters_match_rows, make_draft
 
 T = TypeVar("T")
 
@@ -117,21 +117,32 @@ class Engine(RuleBasedStateMachine):
         assert len(claimed) <= slots
         self.started(claimed, place)
 
-    @precondition(lambda self: self.attempts)
-    @rule(number=PICKS, status=st.sampled_from([TaskStatus.PENDING, *ENDS]), wait=st.sampled_from([0, 2]))
+    def holds(self, task: Claimed, place: int) -> bool:
+        return self.owner.get(task.task_id) == (task.attempt, self.benches[place].instance)
+
+    @precondition(lambda self: self.owner)
+    @rule(number=PICKS, status=st.sampled_from([*ENDS, TaskStatus.PENDING]), wait=st.sampled_from([0, 2]))
     def finish(self, number: int, status: TaskStatus, wait: int) -> None:
-        task, place = self.attempts[-1 - number % len(self.attempts)]
+        held = [(task, place) for task, place in self.attempts if self.holds(task, place)]
+        task, place = held[number % len(held)]
         bench = self.bench(place)
         run_at = bench.now + timedelta(seconds=wait) if status is TaskStatus.PENDING else None
-        result = self.do(bench.turn(finishes=[make_finish(task, status, bench.now, run_at=run_at)]))
-        mine = self.owner.get(task.task_id) == (task.attempt, bench.instance)
-        assert (task.task_id in result.refused) is not mine
-        if not mine:
-            return
+        assert self.do(bench.finish(task, status, run_at=run_at))
         del self.owner[task.task_id]
         withdrawn = task.task_id in self.cancelling and status is TaskStatus.PENDING
         self.cancelling.discard(task.task_id)
         assert self.do(bench.status(task.task_id)) is (TaskStatus.CANCELLED if withdrawn else status)
+
+    @precondition(lambda self: len(self.attempts) > len(self.owner))
+    @rule(number=PICKS, status=st.sampled_from(ENDS))
+    def come_back_late(self, number: int, status: TaskStatus) -> None:
+        lost = [(task, place) for task, place in reversed(self.attempts) if not self.holds(task, place)]
+        task, place = lost[number % len(lost)]
+        bench = self.bench(place)
+        before = self.do(bench.get(task.task_id))
+        run_at = bench.now if status is TaskStatus.PENDING else None
+        assert not self.do(bench.finish(task, status, run_at=run_at))
+        assert self.do(bench.get(task.task_id)) == before
 
     @precondition(lambda self: self.requeue)
     @rule(number=PICKS, place=PLACES)

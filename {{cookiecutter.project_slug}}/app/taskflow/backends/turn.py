@@ -52,6 +52,7 @@ class TurnWriter:
     def write(self, rotation: int) -> TurnResult:
         """`rotation` changes from turn to turn, and with it the queue that is served first."""
         turn = self._turn
+        self._write_progress(turn.progress)  # while the task still runs: it may end in this very turn
         refused = self._record(turn.finishes) if turn.finishes else frozenset()
         answers = [self._commands.obey(command) for command in turn.commands]
         self._book.refresh(self._cursor, self._sql)
@@ -64,7 +65,6 @@ class TurnWriter:
         if turn.held is not None:
             claimed += self._orphans(turn.held, {item.task_id for item in claimed})
         self._write_logs(turn.logs)
-        self._write_progress(turn.progress)
         self._ledger.write()
         return TurnResult(
             existing=admitted.existing,

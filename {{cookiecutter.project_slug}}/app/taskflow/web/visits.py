@@ -3,7 +3,8 @@
 Owns what the gate writes to the backend and asks of it. The invariant: a backend that is away keeps nobody from logging
 in or out. What cannot be written now waits here and is written, with its own time, once the backend answers; what
 cannot be asked now counts as not revoked, because the routes behind the gate then have nothing to show either, while
-`/health` and the logout must go on. What this process itself revoked, it knows without asking.
+`/health` and the logout must go on. What this process itself revoked, it knows without asking; what still waits when
+the process ends is lost.
 """
 
 from __future__ import annotations

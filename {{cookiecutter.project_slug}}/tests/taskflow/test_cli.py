@@ -1,0 +1,307 @@
+"""The command line: a worker that drains, a migration, and the commands about tasks, as an operator sees them."""
+
+import asyncio
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+
+from app.taskflow import BackendUnavailable, TaskManager, TaskStatus
+from app.taskflow.backends.tables import SCHEMA_VERSION
+from app.taskflow.cli import GLYPHS, main
+from app.taskflow.testing import drain
+
+from .cli_app import make_manager
+
+PROJECT = Path(__file__).parents[2]
+PATIENCE = 20.0
+"""Seconds for a program to start, or to end."""
+
+
+class Terminal:
+    """Runs commands on one file: in this process, or as a program of its own."""
+
+    def __init__(self, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.file, self.capsys = file, capsys
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        """Exit code, output and errors."""
+        self.capsys.readouterr()
+        code = main(make_manager(str(self.file)), words)
+        said = self.capsys.readouterr()
+        return code, said.out, said.err
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tests.taskflow.cli_app", *words]
+        environment = {**os.environ, "TASKS": str(self.file)}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def program(self, *words: str) -> tuple[int, str, str]:
+        program = self.start(*words)
+        out, err = program.communicate(timeout=PATIENCE)
+        return program.returncode, out, err
+
+    def do(self, act: Callable[[TaskManager], Awaitable[Any]], *, runs_tasks: bool = True) -> Any:
+        """Lets a service of this process act on the file, and stops it."""
+
+        async def live() -> Any:
+            manager = make_manager(str(self.file))
+            manager.runs_tasks = runs_tasks
+            async with manager.lifespan():
+                return await act(manager)
+
+        return asyncio.run(live())
+
+    def add(self, name: str, *args: object, wait: bool = True, **options: Any) -> str:
+        async def act(manager: TaskManager) -> str:
+            task_id = await manager.enqueue(manager.registry.named(name).function, *args, **options)
+            if wait:
+                await drain(manager)
+            return task_id
+
+        found: str = self.do(act, runs_tasks=wait)
+        return found
+
+    def status(self, task_id: str) -> str:
+        ((status,),) = self.rows("SELECT status FROM taskflow_task WHERE task_id = ?", task_id)
+        return str(status)
+
+    def rows(self, query: str, *values: object) -> list[Any]:
+        with closing(sqlite3.connect(self.file, timeout=5)) as connection:
+            return connection.execute(query, values).fetchall()
+
+
+@pytest.fixture(autouse=True)
+def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.taskflow.manager.START_TIMEOUT", 0.5)
+    monkeypatch.setattr("app.taskflow.journal.ACCEPT_TIMEOUT", 0.5)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    return Terminal(tmp_path / "tasks.db", capsys)
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = monotonic() + PATIENCE
+    while not condition():
+        assert monotonic() < deadline, condition
+        sleep(0.02)
+
+
+# -- worker
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_runs_what_waits_and_drains_when_it_is_asked_to_stop(
+    terminal: Terminal, tmp_path: Path, number: signal.Signals
+) -> None:
+    began = tmp_path / "began"
+    greeted = terminal.add("greet", "ann", wait=False)
+    slow = terminal.add("slow", str(began), 1.0, wait=False)
+    later = terminal.add("greet", "later", wait=False, delay_seconds=3_600)
+    worker = terminal.start("worker")
+    try:
+        wait_until(began.exists)
+        wait_until(lambda: terminal.status(greeted) == "success")
+        worker.send_signal(number)
+        _, err = worker.communicate(timeout=PATIENCE)
+    finally:
+        worker.kill()
+    assert worker.returncode == 0
+    assert terminal.status(slow) == "success"
+    assert terminal.status(later) == "delayed"
+    assert "working on" in err
+    assert "greet, slow, fail" in err
+    assert "Traceback" not in err
+    assert terminal.rows("SELECT count(*) FROM taskflow_instance WHERE lease_until > 0") == [(0,)]
+
+
+# -- migrate
+
+
+def test_migrating_twice_is_as_good_as_once_and_keeps_what_is_there(terminal: Terminal) -> None:
+    assert terminal.program("migrate") == (0, f"sqlite:///{terminal.file} is up to date\n", "")
+    task_id = terminal.add("greet", "ann")
+    assert terminal.run("migrate") == (0, f"sqlite:///{terminal.file} is up to date\n", "")
+    assert terminal.status(task_id) == "success"
+    assert terminal.rows("SELECT version FROM taskflow_schema_version") == [(SCHEMA_VERSION,)]
+
+
+@pytest.mark.parametrize("command", [("migrate",), ("tasks", "list")])
+def test_a_newer_schema_is_refused_and_left_alone(terminal: Terminal, command: tuple[str, ...]) -> None:
+    terminal.run("migrate")
+    with closing(sqlite3.connect(terminal.file)) as connection, connection:
+        connection.execute("UPDATE taskflow_schema_version SET version = version + 1")
+    code, out, err = terminal.run(*command)
+    assert (code, out) == (1, "")
+    assert f"has schema version {SCHEMA_VERSION + 1}" in err
+    assert "deploy the newer code" in err
+    assert terminal.rows("SELECT version FROM taskflow_schema_version") == [(SCHEMA_VERSION + 1,)]
+
+
+def test_a_service_on_a_newer_schema_takes_nothing_and_says_why(terminal: Terminal) -> None:
+    terminal.run("migrate")
+    with closing(sqlite3.connect(terminal.file)) as connection, connection:
+        connection.execute("UPDATE taskflow_schema_version SET version = version + 1")
+    with pytest.raises(BackendUnavailable, match=f"schema version {SCHEMA_VERSION + 1}"):
+        terminal.add("greet", "ann", wait=False)
+    assert terminal.rows("SELECT count(*) FROM taskflow_task") == [(0,)]
+
+
+# -- tasks
+
+
+def test_the_list_shows_each_task_on_a_line_newest_first(terminal: Terminal) -> None:
+    succeeded = terminal.add("greet", "ann")
+    failed = terminal.add("fail", "no\nway")
+    waiting = terminal.add("greet", "bob", wait=False, delay_seconds=3_600)
+    code, out, err = terminal.program("tasks", "list")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        [GLYPHS[TaskStatus.PENDING], "pending", waiting, "greet"],
+        [GLYPHS[TaskStatus.FAILED], "failed", failed, "fail"],
+        [GLYPHS[TaskStatus.SUCCESS], "success", succeeded, "greet"],
+    ]
+    assert lines[1].endswith("  no")
+    assert re.search(r"attempt 1  \d+\.\d{3} s$", lines[2])
+
+
+def test_the_list_is_narrowed_and_continued(terminal: Terminal) -> None:
+    async def act(manager: TaskManager) -> list[str]:
+        greet, fail = (manager.registry.named(name).function for name in ("greet", "fail"))
+        ids = [await manager.enqueue(greet, str(number)) for number in range(5)]
+        await manager.enqueue(fail, "no")
+        await drain(manager)
+        return ids
+
+    ids = terminal.do(act)
+    assert [line.split()[1] for line in terminal.run("tasks", "list", "--status", "failed")[1].splitlines()] == [
+        "failed"
+    ]
+    seen: list[str] = []
+    before: tuple[str, ...] = ()
+    for _ in range(3):
+        code, out, _ = terminal.run("tasks", "list", "--name", "greet", "--limit", "2", *before)
+        *lines, last = out.splitlines()
+        if last.startswith("more: "):
+            before = tuple(last.removeprefix("more: ").split())
+        else:
+            lines.append(last)
+        seen += [line.split()[2] for line in lines]
+        assert code == 0
+    assert seen == ids[::-1]
+
+
+def test_an_empty_list_is_no_error(terminal: Terminal) -> None:
+    assert terminal.run("tasks", "list") == (0, "", "")
+
+
+def test_looking_and_commanding_runs_nothing(terminal: Terminal) -> None:
+    task_id = terminal.add("greet", "ann", wait=False)
+    for words in (("tasks", "list"), ("tasks", "show", task_id), ("tasks", "purge", "--days", "1")):
+        assert terminal.run(*words)[0] == 0
+    assert terminal.status(task_id) == "pending"
+
+
+def test_one_task_is_shown_with_its_history_its_log_and_its_traceback(terminal: Terminal) -> None:
+    code, out, err = terminal.run("tasks", "show", terminal.add("greet", "ann"))
+    assert (code, err) == (0, "")
+    words = [" ".join(line.split()[2:]) for line in out.splitlines()[1:]]
+    assert words == ["accepted", "started (attempt 1)", "info hello ann", "succeeded (attempt 1)"]
+    code, out, _ = terminal.run("tasks", "show", terminal.add("fail", "no way"))
+    assert code == 0
+    assert "failed (attempt 1): no way" in out
+    assert "ValueError: no way" in out.splitlines()
+
+
+def test_a_retry_runs_when_a_worker_comes_and_names_the_operator(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "ann")
+    failed = terminal.add("fail", "no")
+    code, out, err = terminal.run("tasks", "retry", failed)
+    assert (code, err) == (0, "")
+    assert out.split()[1:3] == ["pending", failed]
+    assert terminal.status(failed) == "pending"
+    assert terminal.rows("SELECT actor FROM taskflow_event WHERE kind = 'requeued'") == [("ann (command line)",)]
+    terminal.do(drain)
+    assert terminal.rows("SELECT status, attempt FROM taskflow_task") == [("failed", 2)]
+
+
+def test_a_cancelled_task_never_runs(terminal: Terminal) -> None:
+    task_id = terminal.add("greet", "ann", wait=False)
+    code, out, _ = terminal.run("tasks", "cancel", task_id)
+    assert (code, out.split()[1]) == (0, "cancelled")
+    terminal.do(drain)
+    assert terminal.status(task_id) == "cancelled"
+
+
+def test_a_purge_deletes_what_ended_long_ago_and_is_audited(terminal: Terminal) -> None:
+    old, new, waiting = terminal.add("greet", "a"), terminal.add("greet", "b"), terminal.add("greet", "c", wait=False)
+    with closing(sqlite3.connect(terminal.file)) as connection, connection:
+        connection.execute(
+            "UPDATE taskflow_task SET created_at = created_at - 864000000000, finished_at = finished_at - 864000000000 "
+            "WHERE task_id = ?",
+            [old],
+        )
+    assert terminal.run("tasks", "purge", "--days", "7") == (0, "deleted 1 tasks\n", "")
+    assert {task_id for (task_id,) in terminal.rows("SELECT task_id FROM taskflow_task")} == {new, waiting}
+    assert terminal.run("tasks", "purge", "--days", "0") == (0, "deleted 1 tasks\n", "")
+    assert terminal.rows("SELECT count(*) FROM taskflow_event WHERE kind = 'delete_history'") == [(2,)]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("tasks", "show", "nothing"), "no task has the id 'nothing'"),
+        (("tasks", "retry", "nothing"), "no task has the id 'nothing'"),
+        (("tasks", "cancel", "nothing"), "no task has the id 'nothing'"),
+        (("tasks", "list", "--before", "nonsense"), "before='nonsense': not a cursor of this list"),
+        (("tasks", "purge", "--days", "-1"), "--days -1: must be 0 or more"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_done_is_said_on_standard_error_with_code_1(
+    terminal: Terminal, words: tuple[str, ...], reason: str
+) -> None:
+    terminal.run("migrate")
+    assert terminal.run(*words) == (1, "", f"{reason}\n")
+
+
+def test_a_task_that_succeeded_is_neither_retried_nor_cancelled(terminal: Terminal) -> None:
+    task_id = terminal.add("greet", "ann")
+    for command, done in (("retry", "retried"), ("cancel", "cancelled")):
+        reason = f"task {task_id} is success: it cannot be {done}\n"
+        assert terminal.run("tasks", command, task_id) == (1, "", reason)
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("tasks",), ("dance",), ("tasks", "list", "--limit", "0"), ("tasks", "list", "--status", "odd")]
+)
+def test_a_command_that_is_none_is_refused_with_code_2(
+    terminal: Terminal, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        terminal.run(*words)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_a_database_that_is_away_is_said_so_and_no_traceback(terminal: Terminal, tmp_path: Path) -> None:
+    missing = Terminal(tmp_path / "missing" / "tasks.db", terminal.capsys)
+    for words in (("migrate",), ("tasks", "list")):
+        code, out, err = missing.run(*words)
+        assert (code, out) == (1, "")
+        assert "unable to open database file" in err
