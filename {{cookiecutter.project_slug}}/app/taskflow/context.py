@@ -80,11 +80,13 @@ class CarriedContexts:
     def __init__(self, most: int = 10_000) -> None:
         self._most = most
         self._contexts: dict[str, Context] = {}
+        self._lock = threading.Lock()
 
     def keep(self, task_id: str) -> None:
-        if len(self._contexts) >= self._most:
-            self._contexts.pop(next(iter(self._contexts)), None)
-        self._contexts[task_id] = copy_context()
+        with self._lock:  # plain routes add tasks from many threads
+            if len(self._contexts) >= self._most:
+                self._contexts.pop(next(iter(self._contexts)))
+            self._contexts[task_id] = copy_context()
 
     def of(self, task_id: str) -> Context:
         """A copy for one attempt; a fresh one where nothing was kept."""
@@ -92,7 +94,8 @@ class CarriedContexts:
         return copy_context() if kept is None else kept.copy()
 
     def forget(self, task_id: str) -> None:
-        self._contexts.pop(task_id, None)
+        with self._lock:
+            self._contexts.pop(task_id, None)
 
 
 current: ContextVar[TaskContext | None] = ContextVar("taskflow_context", default=None)

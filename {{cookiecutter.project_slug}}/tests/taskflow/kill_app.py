@@ -3,7 +3,7 @@
 For each line on its standard input, `[point, kind, folder, lease_seconds]`, it forks a process that adds the tasks of
 `kind` and, where `point` says, kills itself for real; then it prints the pid and, when that process has ended, its exit
 code. The points are put around the engine's public methods from outside. In the folder, `starts` gets a line for each
-start of a task, `accepted` one for each id that was accepted; while `hold` is there, tasks do not end.
+start of a task, `accepted` one for each id that was accepted; while `hold-N` is there, attempt N does not end.
 """
 
 import asyncio
@@ -39,13 +39,13 @@ def begin(folder: str) -> int:
     return context.attempt
 
 
-def held(folder: str) -> bool:
-    return Path(folder, "hold").exists()
+def held(folder: str, attempt: int) -> bool:
+    return Path(folder, f"hold-{attempt}").exists()
 
 
 async def once_async(folder: str) -> int:
-    begin(folder)
-    while held(folder):
+    attempt = begin(folder)
+    while held(folder, attempt):
         await asyncio.sleep(0.01)
     return os.getpid()
 
@@ -55,9 +55,9 @@ async def again_async(folder: str) -> int:
 
 
 def once(folder: str) -> int:
-    begin(folder)
+    attempt = begin(folder)
     deadline = time.monotonic() + MOST_SECONDS
-    while held(folder) and time.monotonic() < deadline:
+    while held(folder, attempt) and time.monotonic() < deadline:
         time.sleep(0.01)
     return os.getpid()
 

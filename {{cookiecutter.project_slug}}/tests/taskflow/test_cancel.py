@@ -248,6 +248,7 @@ async def test_siblings_and_slots_are_unharmed(start_manager: StartManager, work
     await eventually(lambda: manager.dispatcher.running == 2)
     for victim in both:
         await manager.store.cancel(victim)
+        await ended(manager, victim)
     await assert_counters_match_rows(manager.backend, manager.clock())
 
 
