@@ -7,6 +7,7 @@ and return; they work from coroutines and from threads alike, and do nothing out
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Mapping
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
