@@ -7,8 +7,7 @@ is a span of its own; when it is not, the request's `traceparent` header is carr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 try:
     from opentelemetry import propagate, trace
@@ -17,11 +16,12 @@ except ImportError:  # tracing is optional
 
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 """https://www.w3.org/TR/trace-context/#traceparent-header"""
+UNTRACED = nullcontext()
 
 
 def current_traceparent(header: str | None = None) -> str | None:
     """Of the span that is active here; else the header's, when it is one."""
-    if propagate is not None:
+    if propagate is not None and trace.get_current_span() is not trace.INVALID_SPAN:
         carrier: dict[str, str] = {}
         propagate.inject(carrier)
         if "traceparent" in carrier:
@@ -29,13 +29,10 @@ def current_traceparent(header: str | None = None) -> str | None:
     return header if header is not None and TRACEPARENT.fullmatch(header) else None
 
 
-@contextmanager
-def attempt_span(name: str, task_id: str, attempt: int, traceparent: str | None) -> Iterator[None]:
+def attempt_span(name: str, task_id: str, attempt: int, traceparent: str | None) -> AbstractContextManager[object]:
     """A span around one attempt, child of the caller's; nothing where nobody traces."""
     if trace is None or (traceparent is None and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)):
-        yield
-        return
+        return UNTRACED
     parent = propagate.extract({"traceparent": traceparent}) if traceparent else None
     attributes: dict[str, str | int] = {"task.id": task_id, "task.name": name, "task.attempt": attempt}
-    with trace.get_tracer("taskflow").start_as_current_span(f"task {name}", parent, attributes=attributes):
-        yield
+    return trace.get_tracer("taskflow").start_as_current_span(f"task {name}", parent, attributes=attributes)
