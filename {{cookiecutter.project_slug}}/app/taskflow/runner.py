@@ -26,8 +26,6 @@ from .registry import TaskDefinition, TaskRegistry
 from .retry import LONGEST_DELAY, seconds_until_retry
 from .tracing import attempt_span
 
-LARGEST_RESULT = codec.LARGEST_RESULT
-"""A larger result is dropped with a warning in the task's log."""
 LONGEST_ERROR = 4_000
 LONGEST_STACKTRACE = 32_000
 MOST_RETRY_LATER = 1_000

@@ -48,7 +48,7 @@ from .models import (
     TaskRecord,
     TaskStatus,
 )
-from .registry import TaskFunction, TaskRegistry
+from .registry import TaskDefinition, TaskFunction, TaskRegistry
 from .tracing import current_traceparent
 
 logger = logging.getLogger("taskflow")
@@ -311,14 +311,13 @@ class TaskStore:
             raise TaskStateError(task_id, record.status, "retried")
         definition = self._registry.named(record.func_name)
         if not self._retry_replaces_original:
-            return await self._retry_as_new(record, definition.max_attempts, actor)
+            return await self._retry_as_new(record, definition, actor)
         answer = await self._journal.obey(Requeue(task_id, definition.max_attempts, actor))
         if not answer.changed:
             raise TaskStateError(task_id, answer.before or record.status, "retried")
         return await self.get(task_id)
 
-    async def _retry_as_new(self, record: TaskRecord, max_attempts: int, actor: str | None) -> TaskRecord:
-        definition = self._registry.named(record.func_name)
+    async def _retry_as_new(self, record: TaskRecord, definition: TaskDefinition, actor: str | None) -> TaskRecord:
         now = self._clock()
         draft = Draft(
             task_id=self._new_id(record.func_name, None),
@@ -326,7 +325,7 @@ class TaskStore:
             queue=record.queue,
             priority=record.priority,
             executor=definition.executor,
-            max_attempts=max_attempts,
+            max_attempts=definition.max_attempts,
             created_at=now,
             run_at=now,
             arguments=record.arguments or "[[],{}]",

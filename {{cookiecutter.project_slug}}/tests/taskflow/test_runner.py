@@ -11,13 +11,12 @@ import pytest
 from app.taskflow import CancelTask, RetryLater, TaskStatus, get_task_context, task_log
 from app.taskflow import runner as runner_module
 from app.taskflow.backends.base import Claimed, Finish
-from app.taskflow.codec import decode
+from app.taskflow.codec import LARGEST_RESULT, decode
 from app.taskflow.executors import AsyncExecutor, Executor, ThreadExecutor
 from app.taskflow.models import EventKind, TaskConfig
 from app.taskflow.registry import TaskRegistry
 from app.taskflow.retry import LONGEST_DELAY
 from app.taskflow.runner import (
-    LARGEST_RESULT,
     LONGEST_ERROR,
     LONGEST_STACKTRACE,
     MOST_RETRY_LATER,
@@ -461,4 +460,4 @@ async def test_a_cancellation_that_nobody_asked_for_is_a_failure_and_not_a_loss(
 
 
 def test_the_limits_are_below_what_a_page_can_show() -> None:
-    assert runner_module.LONGEST_ERROR <= runner_module.LONGEST_STACKTRACE <= runner_module.LARGEST_RESULT
+    assert runner_module.LONGEST_ERROR <= runner_module.LONGEST_STACKTRACE <= LARGEST_RESULT

@@ -345,5 +345,3 @@ class Backend(Protocol):
 
     async def arguments(self, task_ids: Sequence[str]) -> Mapping[str, str]:
         """The encoded arguments of these tasks, by id; at most a page's worth of ids."""
-
-    async def ping(self) -> None: ...

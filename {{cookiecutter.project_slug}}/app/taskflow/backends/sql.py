@@ -92,9 +92,6 @@ class SqlBackend:
         for engine in (self._write_engine, self._read_engine):
             await self._in(self._writing, engine.dispose)
 
-    async def ping(self) -> None:
-        await self._read(lambda connection: connection.execute(sa.select(1)).scalar())
-
     def _migrate(self) -> None:
         with self._write_engine.begin() as connection:
             tables.Row.metadata.create_all(connection)
