@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -59,7 +58,7 @@ class ManagedBackgroundTasks(BackgroundTasks):
         options = AddOptions(idempotency_key, tags, priority, queue, delay_seconds, run_at, self._traceparent)
         draft = self._store.draft(func, args, kwargs, options)
         if (refusal := self._store.refusal(draft, self._drafts)) is not None:
-            self._drafts.append(replace(draft, rejected_by=refusal.limit))
+            self._drafts.append(draft._replace(rejected_by=refusal.limit))
             raise refusal
         if eager if eager is not None else self._store.is_eager(func):
             self._started.append(asyncio.run_coroutine_threadsafe(self._store.accept([draft]), self._loop))

@@ -16,7 +16,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from time import monotonic
 from typing import Any, Protocol
@@ -197,7 +197,7 @@ class Journal:
         """Takes a result; `Worker.turned` says when it is written."""
         if finish.error is not None:  # words of user code: a lone surrogate would make the row unreadable
             stacktrace = finish.stacktrace and clean(finish.stacktrace)
-            finish = replace(finish, error=clean(finish.error), stacktrace=stacktrace)
+            finish = finish._replace(error=clean(finish.error), stacktrace=stacktrace)
         self._finishes.append(finish)
         self._wake.set()
 
@@ -391,7 +391,7 @@ def verdict(drafts: Sequence[Draft], result: TurnResult) -> QueueFullError | Non
 
 def without_texts(finish: Finish) -> Finish:
     """What remains of a finish whose texts the database does not take: how it ended."""
-    return replace(finish, result=None, error=finish.error and "(the error text could not be stored)", stacktrace=None)
+    return finish._replace(result=None, error=finish.error and "(the error text could not be stored)", stacktrace=None)
 
 
 def clean(text: str) -> str:

@@ -346,7 +346,8 @@ def utc_now() -> datetime:
 
 def to_micros(moment: datetime) -> int:
     """Integer microseconds since the epoch, exact for every datetime."""
-    return (moment - EPOCH) // timedelta(microseconds=1)
+    since = moment - EPOCH  # spelled out: a division by timedelta(microseconds=1) takes three times as long
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
 def from_micros(micros: int) -> datetime:

@@ -111,7 +111,7 @@ class Runner:
             outcome, config = Failed(error, final=True), TaskConfig()
         attempt.words.close(attempt.context)
         finish = decide(task, config, outcome, self._clock())
-        return finish if self.retries_wait or finish.run_at is None else replace(finish, run_at=finish.at)
+        return finish if self.retries_wait or finish.run_at is None else finish._replace(run_at=finish.at)
 
     async def _outcome(self, attempt: Attempt, definition: TaskDefinition) -> Outcome:
         try:

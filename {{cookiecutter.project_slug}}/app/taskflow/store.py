@@ -345,7 +345,7 @@ class TaskStore:
             arguments = self._cipher.open(draft.arguments, record.task_id, record.func_name)
         except ValueError as error:
             raise UnreadableCall(record.func_name, error) from error
-        return replace(draft, arguments=self._cipher.seal(arguments, draft.task_id, draft.name))
+        return draft._replace(arguments=self._cipher.seal(arguments, draft.task_id, draft.name))
 
     async def retry_many(self, task_ids: Sequence[str], actor: str | None = None) -> Retried:
         """Retries those that can be, each once; one entry in the audit."""

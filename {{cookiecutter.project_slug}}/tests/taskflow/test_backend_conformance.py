@@ -132,8 +132,8 @@ async def test_a_closed_backend_can_be_opened_again(shared_location: str) -> Non
 
 
 async def test_an_accepted_task_is_stored_as_its_draft_says(bench: Bench) -> None:
-    draft = replace(
-        make_draft("resize", queue="images", priority=-3, executor="async", max_attempts=4, requeue=True),
+    draft = make_draft("resize", queue="images", priority=-3, executor="async", max_attempts=4, requeue=True)
+    draft = draft._replace(
         arguments='[[1,"zwei \\u00fc"],{"x":null}]',
         tags={"tenant": "ä\u2028'\"\\", "k": ""},
         source="scheduled",
@@ -154,7 +154,7 @@ async def test_an_accepted_task_is_stored_as_its_draft_says(bench: Bench) -> Non
 async def test_accepting_an_id_twice_stores_it_once_and_says_so(bench: Bench) -> None:
     draft = make_draft(arguments='[["first"],{}]')
     assert (await bench.accept(draft)).existing == frozenset()
-    again = replace(draft, arguments='[["second"],{}]')
+    again = draft._replace(arguments='[["second"],{}]')
     assert (await bench.accept(again, other := make_draft())).existing == {draft.task_id}
     assert (await bench.get(draft.task_id)).arguments == draft.arguments
     assert await bench.kinds(draft.task_id) == ["accepted"]
@@ -565,7 +565,7 @@ async def test_a_finish_that_lost_its_lease_is_refused_reported_and_logged(bench
     elif wrong == "status":
         await bench.finish(task, TaskStatus.FAILED)
     elif wrong == "gone":
-        task = replace(task, task_id="never-stored")
+        task = task._replace(task_id="never-stored")
     before = await bench.backend.get(task.task_id)
 
     result = await late.turn(finishes=[make_finish(task, TaskStatus.SUCCESS, late.now, result='"stale"')])
@@ -582,7 +582,7 @@ async def test_refused_finishes_do_not_hold_up_the_others_of_their_turn(bench: B
     one, two = await bench.claim()
     result = await bench.turn(
         finishes=[
-            make_finish(replace(one, attempt=7), TaskStatus.SUCCESS, bench.now),
+            make_finish(one._replace(attempt=7), TaskStatus.SUCCESS, bench.now),
             make_finish(two, TaskStatus.SUCCESS, bench.now),
         ]
     )

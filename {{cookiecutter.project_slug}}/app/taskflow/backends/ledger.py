@@ -7,7 +7,7 @@ transaction, so that events and counts always agree with the rows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from itertools import chain
 from typing import Any
@@ -20,12 +20,20 @@ from .statements import Cursor, Statements
 
 
 class Ledger:
-    def __init__(self, cursor: Cursor, statements: Statements, instance: str, now: datetime) -> None:
+    def __init__(
+        self,
+        cursor: Cursor,
+        statements: Statements,
+        instance: str,
+        now: datetime,
+        levels: Iterable[Sequence[Any]],
+    ) -> None:
+        """`levels` are the stored (queue, name, status, n) of what is ready or runs."""
         self._cursor = cursor
         self._sql = statements
         self._instance = instance
         self._at = to_micros(now)
-        self._before: Sequence[tuple[str, str, str, int]] = statements.levels.run(cursor).fetchall()
+        self._before = levels
         self._events: list[Sequence[Any]] = []
         self._counts: Counter[tuple[str, str, str]] = Counter()
         self._micros: Counter[tuple[str, str, str]] = Counter()

@@ -6,7 +6,8 @@ Owns the arithmetic of limits; it asks the database only for the limits themselv
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from ..models import QueueState, TaskStatus
 from .base import Demand
@@ -23,9 +24,8 @@ class QueueBook:
         self._version: int | None = None
         self.queues: Mapping[str, QueueState] = {}
 
-    def refresh(self, cursor: Cursor, statements: Statements) -> None:
-        row = statements.queue_version.run(cursor).fetchone()
-        version = row[0] if row else None
+    def refresh(self, version: int | None, cursor: Cursor, statements: Statements) -> None:
+        """`version` is that of the limits which are stored now."""
         if version != self._version:
             rows = statements.queues.run(cursor).fetchall()
             self.queues = {
@@ -38,7 +38,8 @@ class QueueBook:
 class Levels:
     """How many tasks are ready and running, by queue and name, at one moment of a turn."""
 
-    def __init__(self, counts: Iterable[tuple[str, str, str, int]]) -> None:
+    def __init__(self, counts: Iterable[Sequence[Any]]) -> None:
+        """Of (queue, name, status, n)."""
         self._names: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.pending: Counter[str] = Counter()
         self.running: Counter[str] = Counter()

@@ -47,40 +47,50 @@ def loads_object(text: str | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def claimed_of(cells: Sequence[Any], started_at: datetime) -> Claimed:
-    """From the cells of `statements.CLAIMED_COLUMNS`."""
-    task_id, name, queue, executor, attempt, excused, max_attempts, arguments, tags, requeue, trace = cells
+def held_claim(cells: Sequence[Any]) -> Claimed:
+    """A task that is running, from the cells of `statements.CLAIMED_COLUMNS`."""
+    *_, attempt, started_at = cells
+    return claimed_of(cells, attempt, from_micros(started_at))
+
+
+def next_claim(cells: Sequence[Any], now: datetime) -> Claimed:
+    """What a task that is ready becomes when it is claimed, from the same cells."""
+    return claimed_of(cells, cells[-2] + 1, now)
+
+
+def claimed_of(cells: Sequence[Any], attempt: int, started_at: datetime) -> Claimed:
+    task_id, name, queue, executor, excused, max_attempts, arguments, tags, requeue, trace, _, _ = cells
     return Claimed(
-        task_id=task_id,
-        name=name,
-        queue=queue,
-        executor=executor,
-        attempt=attempt,
-        excused=excused,
-        max_attempts=max_attempts,
-        started_at=started_at,
-        arguments=arguments,
-        tags=loads_object(tags),
-        requeue=bool(requeue),
-        trace=trace,
+        task_id,
+        name,
+        queue,
+        executor,
+        attempt,
+        excused,
+        max_attempts,
+        started_at,
+        arguments,
+        loads_object(tags),
+        bool(requeue),
+        trace,
     )
 
 
 def first_claim(draft: Draft, started_at: datetime) -> Claimed:
     """A draft that is stored as running: what a claim would read back."""
     return Claimed(
-        task_id=draft.task_id,
-        name=draft.name,
-        queue=draft.queue,
-        executor=draft.executor,
-        attempt=1,
-        excused=0,
-        max_attempts=draft.max_attempts,
-        started_at=started_at,
-        arguments=draft.arguments,
-        tags=draft.tags,
-        requeue=draft.requeue,
-        trace=draft.trace,
+        draft.task_id,
+        draft.name,
+        draft.queue,
+        draft.executor,
+        1,  # attempt
+        0,  # excused
+        draft.max_attempts,
+        started_at,
+        draft.arguments,
+        draft.tags,
+        draft.requeue,
+        draft.trace,
     )
 
 

@@ -43,7 +43,7 @@ from .room import QueueBook
 from .rows import event_of, loads_object, record_of
 from .statements import STAGE_BATCH, Statements, has_status
 from .tables import counter, event, log, revoked, task
-from .turn import TurnWriter
+from .turn import Mistaken, TurnWriter
 
 T = TypeVar("T")
 
@@ -72,6 +72,10 @@ class SqlBackend:
 
     def expand(self, parameter: str, columns: Sequence[sa.Column[Any]]) -> sa.Subquery:
         """The rows of a JSON array of arrays, as a table with these columns."""
+        raise NotImplementedError
+
+    def gather(self, rows: sa.Subquery) -> sa.ColumnElement[str]:
+        """All of these rows in their order, as one JSON array of arrays."""
         raise NotImplementedError
 
     def insert(self, table: sa.Table) -> Any:
@@ -116,12 +120,20 @@ class SqlBackend:
     def _turn(self, turn: Turn) -> TurnResult:
         self._turns += 1
         try:
-            with self._write_engine.begin() as connection, self._driver_errors():
-                cursor = connection.connection.cursor()
-                return TurnWriter(connection, cursor, self._statements, self._book, turn).write(rotation=self._turns)
+            try:
+                return self._written(turn, careful=False)
+            except Mistaken:
+                self._book = QueueBook()
+                return self._written(turn, careful=True)
         except BaseException:
             self._book = QueueBook()  # what it read may have been rolled back
             raise
+
+    def _written(self, turn: Turn, *, careful: bool) -> TurnResult:
+        with self._write_engine.begin() as connection, self._driver_errors():
+            cursor = connection.connection.cursor()
+            writer = TurnWriter(connection, cursor, self._statements, self._book, turn, careful=careful)
+            return writer.write(rotation=self._turns)
 
     @contextmanager
     def _driver_errors(self) -> Iterator[None]:
@@ -137,7 +149,8 @@ class SqlBackend:
         with translated(), self._driver_errors():
             connection.execute(counter.update().where(sa.false()).values(n=0))  # takes the write lock before it reads
             cursor = connection.connection.cursor()
-            return TurnWriter(connection, cursor, self._statements, QueueBook(), turn).write(rotation=0)
+            writer = TurnWriter(connection, cursor, self._statements, QueueBook(), turn, careful=True)
+            return writer.write(rotation=0)
 
     # -- instances
 

@@ -67,6 +67,9 @@ class SqliteBackend(SqlBackend):
         ]
         return sa.select(*cells).subquery(f"{parameter}_table")
 
+    def gather(self, rows: sa.Subquery) -> sa.ColumnElement[str]:
+        return sa.func.json_group_array(sa.func.json_array(*rows.c))
+
     def insert(self, table: sa.Table) -> Any:
         return insert(table)
 

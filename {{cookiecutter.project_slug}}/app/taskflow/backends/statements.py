@@ -1,7 +1,9 @@
 """The statements of a turn, built and compiled once.
 
-Owns the SQL of the hot path. Each statement takes its rows as one JSON parameter, `rows`, which the database expands:
-hundreds of changes are one statement, and while it runs Python is free. They run on the driver's own cursor.
+Owns the SQL of the hot path. Each statement takes its rows as one JSON parameter, `rows`, which the database expands,
+and what is read comes back as one JSON cell: hundreds of rows are one statement, during which Python is free. Drivers
+give Python back for every row that they hand over, and a busy event loop may then keep it for a while. They run on the
+driver's own cursor.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import sqlalchemy as sa
+from pydantic_core import from_json
 
 from ..models import DELAYED, TaskStatus
 from . import tables
@@ -24,13 +27,14 @@ CLAIMED_COLUMNS = (
     task.c.name,
     task.c.queue,
     task.c.executor,
-    task.c.attempt,
     task.c.excused,
     task.c.max_attempts,
     task.c.arguments,
     task.c.tags,
     task.c.requeue,
     task.c.trace,
+    task.c.attempt,
+    task.c.started_at,
 )
 DRAFT_COLUMNS = (
     task.c.task_id,
@@ -62,6 +66,9 @@ class Cursor(Protocol):
 
     def execute(self, operation: Any, parameters: Any = None, /) -> Any: ...
 
+    @property
+    def rowcount(self) -> int: ...
+
     def fetchone(self) -> Any | None: ...
 
     def fetchall(self) -> Sequence[Any]: ...
@@ -74,6 +81,8 @@ class Dialect(Protocol):
     def dialect(self) -> sa.Dialect: ...
 
     def expand(self, parameter: str, columns: Sequence[sa.Column[Any]]) -> sa.Subquery: ...
+
+    def gather(self, rows: sa.Subquery) -> sa.ColumnElement[str]: ...
 
     def insert(self, table: sa.Table) -> Any: ...
 
@@ -94,6 +103,22 @@ class Prepared:
 
     def run_rows(self, cursor: Cursor, rows: Sequence[Sequence[Any]], **values: object) -> Cursor:
         return self.run(cursor, rows=json.dumps(rows), **values)
+
+    def cells(self, cursor: Cursor, **values: object) -> Sequence[Any]:
+        """The one row of a query that always has one."""
+        row: Sequence[Any] | None = self.run(cursor, **values).fetchone()
+        assert row is not None
+        return row
+
+    def gathered(self, cursor: Cursor, **values: object) -> list[list[Any]]:
+        """The rows of a query that gathers them in one cell."""
+        return rows_of(self.cells(cursor, **values)[0])
+
+
+def rows_of(cell: str) -> list[list[Any]]:
+    """The rows that `Dialect.gather` put into one cell."""
+    rows: list[list[Any]] = from_json(cell)
+    return rows
 
 
 def has_status(status: str) -> sa.ColumnElement[bool]:
@@ -132,6 +157,9 @@ class Statements:
     def _prepare(self, statement: sa.Executable) -> Prepared:
         return Prepared(statement, self._database.dialect)
 
+    def _gather(self, rows: sa.Select[Any]) -> sa.Select[Any]:
+        return sa.select(self._database.gather(rows.subquery("gathered")))
+
     def _ids(self) -> sa.Select[Any]:
         ids = self._database.expand("rows", (task.c.task_id,))
         return sa.select(ids.c.task_id)
@@ -159,7 +187,7 @@ class Statements:
         )
         waits = sa.or_(finished.c.status == TaskStatus.PENDING, finished.c.status == DELAYED)
         withdrawn = sa.and_(waits, task.c.cancel_requested)  # what was asked to stop is not started again
-        self.record = self._prepare(
+        record = (
             task.update()
             .where(task.c.task_id == finished.c.task_id, *fence(finished))
             .values(
@@ -172,25 +200,32 @@ class Statements:
                 excused=task.c.excused + finished.c.excused,
                 cancel_requested=False,
             )
-            .returning(task.c.task_id, task.c.status)
         )
+        self.record = self._prepare(record)
+        self.record_each = self._prepare(record.returning(task.c.task_id, task.c.status))
         drafted = self._database.expand("rows", DRAFT_COLUMNS)
         unset = {"excused": 0, "crashes": 0, "cancel_requested": False}
-        self.admit = self._prepare(
+        admit = (
             self._database.insert(task)
             .from_select(
                 [*(column.name for column in DRAFT_COLUMNS), *unset],
                 sa.select(*drafted.c, *(sa.literal(value) for value in unset.values())).where(sa.true()),
             )
             .on_conflict_do_nothing(index_elements=["task_id"])
-            .returning(task.c.task_id)
         )
+        self.admit = self._prepare(admit)
+        self.admit_each = self._prepare(admit.returning(task.c.task_id))
         self.rows = sa.select(task).where(self._listed).with_for_update()
 
     def _build_claim(self) -> None:
         """Staging what became due, choosing what may start, seizing it."""
+        live = counter.c.status.in_([sa.literal_column("'pending'"), sa.literal_column("'running'")])
+        levels = sa.select(counter.c.queue, counter.c.name, counter.c.status, counter.c.n).where(live, counter.c.n > 0)
+        version = sa.select(sa.func.max(queue.c.version)).scalar_subquery()
         first_due = sa.select(task.c.run_at).where(has_status(DELAYED)).order_by(task.c.run_at).limit(1)
-        self.next_due = self._prepare(first_due)
+        self.look = self._prepare(
+            sa.select(self._gather(levels).scalar_subquery(), version, first_due.scalar_subquery())
+        )
         due = (
             sa.select(task.c.task_id)
             .where(has_status(DELAYED), task.c.run_at <= sa.bindparam("at"))
@@ -203,24 +238,19 @@ class Statements:
             .values(status=TaskStatus.PENDING)
             .returning(task.c.queue, task.c.name)
         )
-        live = counter.c.status.in_([sa.literal_column("'pending'"), sa.literal_column("'running'")])
-        self.levels = self._prepare(
-            sa.select(counter.c.queue, counter.c.name, counter.c.status, counter.c.n).where(live, counter.c.n > 0)
-        )
-        self.queue_version = self._prepare(sa.select(sa.func.max(queue.c.version)))
         self.queues = self._prepare(
             sa.select(queue.c.name, queue.c.concurrency, queue.c.max_size, queue.c.paused, queue.c.reason)
         )
         ready = (
-            sa.select(task.c.task_id, task.c.name)
+            sa.select(*CLAIMED_COLUMNS)
             .where(has_status("pending"), task.c.queue == sa.bindparam("queue"))
             .order_by(rank.desc(), task.c.run_at, task.c.task_id)
             .limit(sa.bindparam("most"))
             .with_for_update(skip_locked=True)
         )
         names = self._database.expand("names", (task.c.name,))
-        self.ready = self._prepare(ready)
-        self.ready_named = self._prepare(ready.where(task.c.name.in_(sa.select(names.c.name))))
+        self.ready = self._prepare(self._gather(ready))
+        self.ready_named = self._prepare(self._gather(ready.where(task.c.name.in_(sa.select(names.c.name)))))
         self.seize = self._prepare(
             task.update()
             .where(self._listed)
@@ -233,13 +263,9 @@ class Statements:
                 progress=sa.null(),
                 cancel_requested=False,
             )
-            .returning(*CLAIMED_COLUMNS)
         )
-        self.held = self._prepare(
-            sa.select(*CLAIMED_COLUMNS, task.c.started_at).where(
-                has_status("running"), task.c.instance == sa.bindparam("me")
-            )
-        )
+        held = sa.select(*CLAIMED_COLUMNS).where(has_status("running"), task.c.instance == sa.bindparam("me"))
+        self.held = self._prepare(self._gather(held))
 
     def _build_logbook(self) -> None:
         """Events, log lines, progress and counts: what a turn writes last."""

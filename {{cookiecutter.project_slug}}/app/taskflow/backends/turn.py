@@ -2,6 +2,9 @@
 
 Owns the order of a turn: record what finished, obey, admit what arrived, claim what is next. Called by the backend on
 the writer's thread, and for `enqueue(session=...)` inside the caller's transaction.
+
+A turn is first written in the belief that every lease holds and every id is new; the numbers of changed rows prove it.
+Where they do not, it raises `Mistaken`, is rolled back, and written once more with `careful=True`, row by row.
 """
 
 from __future__ import annotations
@@ -20,11 +23,15 @@ from .base import Claimed, Draft, Finish, LogLine, Progress, Turn, TurnResult
 from .commands import Commands
 from .ledger import Ledger
 from .room import Levels, QueueBook, Room
-from .rows import claimed_of, dumps_object, first_claim, micros, stored_status
-from .statements import Cursor, Prepared, Statements
+from .rows import dumps_object, first_claim, held_claim, micros, next_claim, stored_status
+from .statements import Cursor, Prepared, Statements, rows_of
 
 REARMED = (TaskStatus.FAILED, TaskStatus.INTERRUPTED, TaskStatus.REJECTED)
 """What an idempotency key that comes again finds its task in, and runs it again."""
+
+
+class Mistaken(Exception):
+    """Fewer rows changed than were to: a lease was lost or an id was there already. Nobody knows yet which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +45,23 @@ class Admitted:
 
 class TurnWriter:
     def __init__(
-        self, connection: Connection, cursor: Cursor, statements: Statements, book: QueueBook, turn: Turn
+        self,
+        connection: Connection,
+        cursor: Cursor,
+        statements: Statements,
+        book: QueueBook,
+        turn: Turn,
+        *,
+        careful: bool,
     ) -> None:
         self._cursor = cursor
         self._sql = statements
         self._book = book
         self._turn = turn
+        self._careful = careful
         self._at = to_micros(turn.now)
-        self._ledger = Ledger(cursor, statements, turn.instance, turn.now)
+        levels, self._version, self._first_due = statements.look.cells(cursor)
+        self._ledger = Ledger(cursor, statements, turn.instance, turn.now, rows_of(levels))
         self._commands = Commands(connection, cursor, statements, self._ledger, turn.instance, turn.now)
         self._withdrawn: list[str] = []
 
@@ -55,8 +71,11 @@ class TurnWriter:
         self._write_progress(turn.progress)  # while the task still runs: it may end in this very turn
         refused = self._record(turn.finishes) if turn.finishes else frozenset()
         answers = [self._commands.obey(command) for command in turn.commands]
-        self._book.refresh(self._cursor, self._sql)
-        next_due = self._stage() if turn.demand else None  # before the arrivals, which must not overtake what is due
+        if turn.commands:
+            self._look_again()
+        self._book.refresh(self._version, self._cursor, self._sql)
+        if turn.demand:
+            self._stage()  # before the arrivals, which must not overtake what is due
         levels = self._ledger.levels()
         room = Room(turn.demand, self._book.queues, levels) if turn.demand else None
         admitted = self._admit(turn.drafts, room, levels) if turn.drafts else Admitted()
@@ -76,9 +95,13 @@ class TurnWriter:
             moved=self._commands.moved,
             stopping=self._commands.stopping,
             more=more or bool(admitted.existing),  # they may have held slots that others wait for
-            next_due=self._earliest(next_due) if turn.demand else None,
+            next_due=self._next_due() if turn.demand else None,
             queues=self._queues_now(),
         )
+
+    def _look_again(self) -> None:
+        """After changes to the limits of queues, or to what is delayed."""
+        _, self._version, self._first_due = self._sql.look.cells(self._cursor)
 
     def _queues_now(self) -> Mapping[str, QueueState]:
         if not self._book.queues:
@@ -89,40 +112,45 @@ class TurnWriter:
     # -- record
 
     def _record(self, finishes: Sequence[Finish]) -> frozenset[str]:
-        ended = [to_micros(finish.at) for finish in finishes]
-        rows = [
-            (
-                finish.task.task_id,
-                finish.task.attempt,
-                self._turn.instance,
-                stored_status(finish.status, finish.run_at, self._turn.now),
-                micros(finish.run_at),
-                ended[place],
-                finish.result,
-                finish.error,
-                finish.stacktrace,
-                int(finish.excused),
-            )
-            for place, finish in enumerate(finishes)
-        ]
-        written = dict(self._sql.record.run_rows(self._cursor, rows).fetchall())
-        for place, finish in enumerate(finishes):
-            item = finish.task
-            status = written.get(item.task_id)
+        rows = [self._finish_row(finish) for finish in finishes]
+        written = self._recorded(rows)
+        for finish, row in zip(finishes, rows, strict=True):
+            task, kind, ended = finish.task, finish.kind, row[5]
+            status = written.get(task.task_id)
             if status is None:
-                self._ledger.event(
-                    EventKind.LEASE_LOST, item.task_id, item.attempt, detail=f"{finish.kind} came too late"
-                )
+                self._ledger.event(EventKind.LEASE_LOST, task.task_id, task.attempt, detail=f"{kind} came too late")
                 continue
-            kind = finish.kind
             if status == TaskStatus.CANCELLED and finish.status is not TaskStatus.CANCELLED:
                 kind = EventKind.CANCELLED
-                self._withdrawn.append(item.task_id)
-            self._ledger.event(kind, item.task_id, item.attempt, at=ended[place], detail=finish.error)
-            self._ledger.move(item.queue, item.name, TaskStatus.RUNNING, status)
+                self._withdrawn.append(task.task_id)
+            self._ledger.event(kind, task.task_id, task.attempt, at=ended, detail=finish.error)
+            self._ledger.move(task.queue, task.name, TaskStatus.RUNNING, status)
             if status not in (TaskStatus.PENDING, DELAYED):
-                self._ledger.ran(item.queue, item.name, status, to_micros(item.started_at), ended[place])
+                self._ledger.ran(task.queue, task.name, status, to_micros(task.started_at), ended)
         return frozenset(finish.task.task_id for finish in finishes if finish.task.task_id not in written)
+
+    def _finish_row(self, finish: Finish) -> Sequence[Any]:
+        task, _, status, at, run_at, result, error, stacktrace, excused = finish
+        return (
+            task.task_id,
+            task.attempt,
+            self._turn.instance,
+            status if run_at is None else stored_status(status, run_at, self._turn.now),
+            micros(run_at),
+            to_micros(at),
+            result,
+            error,
+            stacktrace,
+            int(excused),
+        )
+
+    def _recorded(self, rows: Sequence[Sequence[Any]]) -> Mapping[str, str]:
+        """Id -> the status that was written. One that would wait again may have been asked to stop meanwhile."""
+        if self._careful or any(status in (TaskStatus.PENDING, DELAYED) for _, _, _, status, *_ in rows):
+            return dict(self._sql.record_each.run_rows(self._cursor, rows).fetchall())
+        if self._sql.record.run_rows(self._cursor, rows).rowcount != len(rows):
+            raise Mistaken
+        return {row[0]: row[3] for row in rows}
 
     # -- admit
 
@@ -137,7 +165,7 @@ class TurnWriter:
         waiting = [draft for draft in unique.values() if draft.task_id not in at_once]
         status |= self._waiting_status(waiting, levels)
         rows = [self._draft_row(draft, status[task_id]) for task_id, draft in unique.items()]
-        written = {task_id for (task_id,) in self._sql.admit.run_rows(self._cursor, rows).fetchall()}
+        written = self._stored(rows, new=not any(draft.key for draft in drafts))
         for task_id, draft in unique.items():
             if task_id in written:
                 self._admitted(draft, status[task_id])
@@ -154,6 +182,14 @@ class TurnWriter:
                 if task_id in at_once and task_id in written
             ],
         )
+
+    def _stored(self, rows: Sequence[Sequence[Any]], *, new: bool) -> Collection[str]:
+        """The ids that were not there before."""
+        if self._careful or not new:
+            return {task_id for (task_id,) in self._sql.admit_each.run_rows(self._cursor, rows).fetchall()}
+        if self._sql.admit.run_rows(self._cursor, rows).rowcount != len(rows):
+            raise Mistaken
+        return {row[0] for row in rows}
 
     def _admitted(self, draft: Draft, status: str) -> None:
         rejected = status == TaskStatus.REJECTED
@@ -238,26 +274,28 @@ class TurnWriter:
 
     # -- claim
 
-    def _stage(self) -> datetime | None:
-        """Makes ready what has become due, and says when the next one will."""
-        due = self._sql.next_due.run(self._cursor).fetchone()
-        if due is not None and due[0] <= self._at:
+    def _stage(self) -> None:
+        """Makes ready what has become due."""
+        if self._first_due is not None and self._first_due <= self._at:
             for queue, name in self._sql.stage.run(self._cursor, at=self._at).fetchall():
                 self._ledger.move(queue, name, DELAYED, TaskStatus.PENDING)
-            due = self._sql.next_due.run(self._cursor).fetchone()
-        return None if due is None else from_micros(due[0])
+            self._look_again()
 
-    def _earliest(self, next_due: datetime | None) -> datetime | None:
-        """With what arrived after the look at what is due."""
-        later = [draft.run_at for draft in self._turn.drafts if draft.run_at > self._turn.now]
-        return min([*later, next_due] if next_due else later, default=None)
+    def _next_due(self) -> datetime | None:
+        """When the next delayed task becomes due: one that was stored before, or one of this turn."""
+        now = self._turn.now
+        times = [draft.run_at for draft in self._turn.drafts if draft.run_at > now]
+        times += [finish.run_at for finish in self._turn.finishes if finish.run_at is not None and finish.run_at > now]
+        if self._first_due is not None:
+            times.append(from_micros(self._first_due))
+        return min(times, default=None)
 
     def _claim(self, room: Room, rotation: int) -> tuple[list[Claimed], bool]:
         """Takes what may start, queue by queue; says whether there may be more that could."""
         levels = self._ledger.levels()
         queues = levels.queues()
         first = rotation % len(queues) if queues else 0
-        chosen: list[str] = []
+        chosen: list[Claimed] = []
         more = False
         for queue in queues[first:] + queues[:first]:
             waiting = levels.waiting(queue)
@@ -265,32 +303,28 @@ class TurnWriter:
             if names and most:
                 candidates = self._ready(queue, names, waiting, most)
                 more = more or len(candidates) == most
-                chosen += [task_id for task_id, name in candidates if room.take(queue, name)]
-        return (self._seize(chosen) if chosen else []), more
+                chosen += [next_claim(cells, self._turn.now) for cells in candidates if room.take(queue, cells[1])]
+        if chosen:
+            self._seize(chosen)
+        return chosen, more
 
-    def _ready(self, queue: str, names: set[str], waiting: Collection[str], most: int) -> Sequence[Any]:
+    def _ready(self, queue: str, names: set[str], waiting: Collection[str], most: int) -> list[list[Any]]:
         if names.issuperset(waiting):
-            return self._sql.ready.run(self._cursor, queue=queue, most=most).fetchall()
+            return self._sql.ready.gathered(self._cursor, queue=queue, most=most)
         listed = json.dumps([[name] for name in sorted(names)])
-        return self._sql.ready_named.run(self._cursor, queue=queue, most=most, names=listed).fetchall()
+        return self._sql.ready_named.gathered(self._cursor, queue=queue, most=most, names=listed)
 
-    def _seize(self, chosen: Sequence[str]) -> list[Claimed]:
-        """In the order in which they were chosen."""
-        rows = [(task_id,) for task_id in chosen]
-        seized = self._sql.seize.run_rows(self._cursor, rows, me=self._turn.instance, at=self._at).fetchall()
-        claimed = {cells[0]: claimed_of(cells, self._turn.now) for cells in seized}
-        for item in claimed.values():
-            self._ledger.event(EventKind.STARTED, item.task_id, item.attempt)
-            self._ledger.move(item.queue, item.name, TaskStatus.PENDING, TaskStatus.RUNNING)
-        return [claimed[task_id] for task_id in chosen if task_id in claimed]
+    def _seize(self, chosen: Sequence[Claimed]) -> None:
+        """What was chosen is locked, by the transaction or row by row: all of it can be had."""
+        rows = [(task.task_id,) for task in chosen]
+        self._sql.seize.run_rows(self._cursor, rows, me=self._turn.instance, at=self._at)
+        for task in chosen:
+            self._ledger.event(EventKind.STARTED, task.task_id, task.attempt)
+            self._ledger.move(task.queue, task.name, TaskStatus.PENDING, TaskStatus.RUNNING)
 
     def _orphans(self, held: frozenset[str], fresh: Collection[str]) -> list[Claimed]:
-        rows = self._sql.held.run(self._cursor, me=self._turn.instance).fetchall()
-        return [
-            claimed_of(cells, from_micros(started_at))
-            for *cells, started_at in map(tuple, rows)
-            if cells[0] not in held and cells[0] not in fresh
-        ]
+        rows = map(held_claim, self._sql.held.gathered(self._cursor, me=self._turn.instance))
+        return [task for task in rows if task.task_id not in held and task.task_id not in fresh]
 
     # -- what is written last
 
