@@ -24,6 +24,8 @@ from pydantic import BaseModel
 
 MARK = "$"
 """Keys of tagged objects start with it; a dict whose own key does is written as pairs."""
+PLAIN = frozenset((str, int, bool, type(None)))
+"""Types that JSON has words for, whatever the value."""
 DEEPEST = 100
 """Levels of nesting that are stored."""
 LARGEST_RESULT = 64 * 1024
@@ -77,13 +79,15 @@ def decode_call(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def to_json(value: Any, where: str = "", depth: int = 0) -> Any:
     """The value in terms of JSON, tagged where JSON has no word for it."""
     kind = type(value)
-    if kind in (str, int, bool) or value is None:
+    if kind in PLAIN:
         return value
     if depth > DEEPEST:
         raise CannotStore(f"nested deeper than {DEEPEST} levels{where}")
     if kind is float:
         return value if math.isfinite(value) else {"$float": str(value)}
     if kind is list:
+        if PLAIN.issuperset(map(type, value)):
+            return value
         return [to_json(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
     if kind is dict:
         return dict_to_json(value, where, depth)

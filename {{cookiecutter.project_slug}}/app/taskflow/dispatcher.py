@@ -10,31 +10,36 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Literal
 
 from .backends.base import Claimed, Demand, Finish, TurnResult
 from .context import CarriedContexts
-from .executors import Executor
+from .executors import Executor, Job, ThreadExecutor
 from .journal import Journal
-from .registry import TaskRegistry
-from .runner import Attempt, Runner
+from .registry import TaskDefinition, TaskRegistry
+from .runner import Attempt, Failed, Interrupted, Runner, stopped
 
 logger = logging.getLogger("taskflow")
+
+LAST_WORDS = 1.0
+"""Seconds that interrupted tasks have to say how they ended."""
 
 
 @dataclass(slots=True, eq=False)
 class Running:
     attempt: Attempt
     kind: str
-    job: asyncio.Task[None] | None = None
-    """None once the function has ended and its finish is on the way to the disk."""
+    cancel: Callable[[], object] | None = None
+    """Ends it before its time; None once it has ended and its finish is on the way to the disk."""
 
     def stop(self, by: Literal["operator", "shutdown"], *, interrupt: bool) -> None:
         """Tells the function that it should stop and, with `interrupt`, cancels what awaits it."""
-        if self.job is None or self.attempt.closing:  # what is being closed must not be left half open
+        if self.cancel is None or self.attempt.closing:  # what is being closed must not be left half open
             return
         self.attempt.stopped_by = by
         self.attempt.context.cancelled = True
@@ -42,8 +47,8 @@ class Running:
             asyncio.get_running_loop().call_soon(self._interrupt)
 
     def _interrupt(self) -> None:
-        if self.job is not None and not self.attempt.closing:
-            self.job.cancel()
+        if self.cancel is not None and not self.attempt.closing:
+            self.cancel()
 
 
 class Dispatcher:
@@ -110,7 +115,7 @@ class Dispatcher:
     def cancel(self, task_id: str) -> bool:
         """Asks a running attempt to stop: a coroutine is cancelled, a thread is told. False when it is not here."""
         running = self._running.get(task_id)
-        if running is None or running.job is None:
+        if running is None or running.cancel is None:
             return False
         running.stop("operator", interrupt=running.kind != "thread")
         return True
@@ -118,12 +123,12 @@ class Dispatcher:
     async def drain(self, deadline: float) -> None:
         """Starts nothing more and waits for what runs until the monotonic `deadline`; the rest is interrupted."""
         self._claiming = False
-        await self._settled(deadline)
-        for running in self._running.values():
+        await until(lambda: not self._running, deadline)  # nor before what has ended is on the disk
+        if unfinished := self._unfinished():
+            logger.warning("%d tasks were still running at the end of the shutdown time: interrupted", len(unfinished))
+        for running in unfinished:
             running.stop("shutdown", interrupt=True)
-        if jobs := self._jobs():
-            logger.warning("%d tasks were still running at the end of the shutdown time: interrupted", len(jobs))
-            await asyncio.wait(jobs, timeout=1.0)
+        await until(lambda: not self._unfinished(), monotonic() + LAST_WORDS)
         for executor in self._executors.values():
             executor.close()
 
@@ -132,27 +137,50 @@ class Dispatcher:
         for executor in self._executors.values():
             await executor.wait_closed()
 
-    async def _settled(self, deadline: float) -> None:
-        while self._running and monotonic() < deadline:
-            if jobs := self._jobs():
-                await asyncio.wait(jobs, timeout=max(0.0, deadline - monotonic()))
-            else:
-                await asyncio.sleep(0.01)  # all have ended, their finishes are on the way to the disk
-
-    def _jobs(self) -> list[asyncio.Task[None]]:
-        return [running.job for running in self._running.values() if running.job is not None]
+    def _unfinished(self) -> list[Running]:
+        return [running for running in self._running.values() if running.cancel is not None]
 
     def _begin(self, task: Claimed) -> None:
         kind = self._registry.executors.get(task.name, task.executor)
         running = Running(self._runner.attempt(task), kind)
         self._running[task.task_id] = running
         self._used[kind] += 1
-        context = self._carried.of(task.task_id)
-        running.job = asyncio.get_running_loop().create_task(self._work(running), name=task.task_id, context=context)
+        context, loop = self._carried.of(task.task_id), asyncio.get_running_loop()
+        definition, executor = self._registry.get(task.name), self._executors[kind]
+        if definition is not None and definition.needs_only_a_thread and isinstance(executor, ThreadExecutor):
+            self._hand_over(running, definition, executor, context, loop)
+        else:
+            running.cancel = loop.create_task(self._work(running), name=task.task_id, context=context).cancel
 
     async def _work(self, running: Running) -> None:
-        finish = await self._runner.run(running.attempt)
-        running.job = None
+        self._ended(running, await self._runner.run(running.attempt))
+
+    def _hand_over(
+        self,
+        running: Running,
+        definition: TaskDefinition,
+        executor: ThreadExecutor,
+        context: Context,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        """The whole attempt to a thread: the event loop hears of it again when it has ended."""
+        attempt = running.attempt
+
+        def deliver(job: Job) -> None:
+            finish = job.result
+            if job.error is not None:
+                finish = self._runner.ended(attempt, definition.config, Failed(job.error, final=True))
+            self._ended(running, finish)
+
+        def give_up() -> None:
+            executor.abandon(job)
+            self._ended(running, self._runner.ended(attempt, definition.config, stopped(attempt) or Interrupted()))
+
+        job = executor.submit(partial(self._runner.run_here, attempt, definition), context, deliver, loop)
+        running.cancel = give_up
+
+    def _ended(self, running: Running, finish: Finish) -> None:
+        running.cancel = None
         self._journal.finish(finish)
 
     def _release(self, finish: Finish, *, lost: bool) -> None:
@@ -163,3 +191,9 @@ class Dispatcher:
             self._used[running.kind] -= 1
         if lost:
             logger.warning("task %s: its lease was lost, its result is refused", finish.task.task_id)
+
+
+async def until(holds: Callable[[], bool], deadline: float) -> None:
+    """Returns when it holds, at the latest at the monotonic `deadline`."""
+    while not holds() and monotonic() < deadline:
+        await asyncio.sleep(0.01)

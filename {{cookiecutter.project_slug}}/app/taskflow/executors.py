@@ -13,8 +13,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 from .context import TaskContext
 from .errors import TaskArgumentError, UnreadableCall
@@ -26,14 +27,16 @@ DEFAULT_THREADS = 100
 """Threads start when they are needed; they mostly wait for somebody else's server."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Call:
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Call(NamedTuple):
     """One call of a task function: what to run, with the arguments as they are stored."""
 
     definition: TaskDefinition
     arguments: str
     context: TaskContext
-    injected: Mapping[str, Any] = field(default_factory=dict)
+    injected: Mapping[str, Any] = NOTHING
     """Keyword arguments that are not stored: what the function's dependencies resolved to for this attempt."""
     limit: asyncio.Timeout | None = None
     """Its timeout, already running: an executor that has to start a worker first stops it until the function begins."""
@@ -99,10 +102,35 @@ class ThreadExecutor:
 
     async def run(self, call: Call) -> Any:
         loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+        job = self.submit(call.bound(), contextvars.copy_context(), lambda job: job.settle(done), loop)
+        try:
+            return await done
+        except asyncio.CancelledError:
+            self.abandon(job)
+            raise
+
+    def submit(
+        self,
+        function: Callable[[], Any],
+        context: contextvars.Context,
+        deliver: Callable[[Job], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> Job:
+        """Has a thread call the function in that context; `deliver` gets the job, on the event loop, once it ended."""
         if self._crew is None or self._crew.loop is not loop:
             self.close()
             self._crew = Crew(loop, self.slots)
-        return await self._crew.run(Job(call.bound(), contextvars.copy_context(), loop.create_future()))
+        job = Job(function, context, deliver)
+        self._crew.take(job)
+        return job
+
+    def abandon(self, job: Job) -> None:
+        """What the job still brings is dropped, and its slot is free at once."""
+        if not job.delivered:
+            job.abandoned = True
+            if self._crew is not None:
+                self._crew.replace_one()
 
     def close(self) -> None:
         if self._crew is not None:
@@ -128,19 +156,17 @@ class Crew:
         self._threads = 0
         self._dismissed = False
 
-    async def run(self, job: Job) -> Any:
+    def take(self, job: Job) -> None:
         if self._idle:
             self._idle -= 1
         elif self._threads < self._most:
             self._threads += 1
             threading.Thread(target=self._work, name=f"taskflow-thread-{self._threads}", daemon=True).start()
         self._jobs.put(job)
-        try:
-            return await job.done
-        except asyncio.CancelledError:
-            job.abandoned = True
-            self._threads -= 1  # its slot is free again: another thread will serve it
-            raise
+
+    def replace_one(self) -> None:
+        """A thread hangs in a job that nobody waits for: another one will serve its slot."""
+        self._threads -= 1
 
     def dismiss(self) -> None:
         self._dismissed = True
@@ -165,20 +191,25 @@ class Crew:
         self._told = False
         while self._ended:
             job = self._ended.popleft()
-            if not job.done.done():
+            if not job.abandoned:
                 self._idle += 1
-                job.settle()
+                job.delivered = True
+                job.deliver(job)
             elif not self._dismissed:
-                self._jobs.put(None)  # cancelled: the thread that ran it is one more than are counted
+                self._jobs.put(None)  # the thread that ran it is one more than are counted
 
 
 @dataclass(slots=True, eq=False)
 class Job:
+    """One call on its way through a thread."""
+
     function: Callable[[], Any]
     context: contextvars.Context
-    done: asyncio.Future[Any]
+    deliver: Callable[[Job], None]
+    """Called on the event loop when the job has ended; must not raise."""
     abandoned: bool = False
-    """Its task was cancelled: the result is dropped, and a function that has not begun never does."""
+    """Nobody waits for it: the result is dropped, and a function that has not begun never does."""
+    delivered: bool = False
     result: Any = None
     error: BaseException | None = None
 
@@ -187,14 +218,22 @@ class Job:
             return
         try:
             self.result = self.context.run(self.function)
-        except (StopIteration, GeneratorExit) as error:  # a future cannot carry them
-            self.error = RuntimeError(f"the task raised {type(error).__name__}")
-            self.error.__cause__ = error
         except BaseException as error:  # noqa: BLE001 - user code: SystemExit in a thread is that task's failure
             self.error = error
 
-    def settle(self) -> None:
+    def settle(self, done: asyncio.Future[Any]) -> None:
+        if done.cancelled():
+            return
         if self.error is None:
-            self.done.set_result(self.result)
+            done.set_result(self.result)
         else:
-            self.done.set_exception(self.error)
+            done.set_exception(carried(self.error))
+
+
+def carried(error: BaseException) -> BaseException:
+    """The error in a form that futures and coroutines can carry: they use two of them for purposes of their own."""
+    if not isinstance(error, StopIteration | GeneratorExit):
+        return error
+    wrapped = RuntimeError(f"the task raised {type(error).__name__}")
+    wrapped.__cause__ = error
+    return wrapped

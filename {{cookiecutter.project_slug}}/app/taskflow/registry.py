@@ -41,6 +41,11 @@ class TaskDefinition:
     def max_attempts(self) -> int:
         return self.config.retries + 1
 
+    @property
+    def needs_only_a_thread(self) -> bool:
+        """True when nothing but the function itself has to happen: no timeout to watch, no dependency to resolve."""
+        return self.executor == "thread" and self.config.timeout is None and self.dependencies is None
+
     def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The stored form of a call, checked against the signature. Raises TaskArgumentError."""
         for name in self.dependencies.names & kwargs.keys() if self.dependencies else ():
@@ -126,6 +131,9 @@ class TaskRegistry:
             return self._by_name[name]
         except KeyError:
             raise UnknownFunction(name) from None
+
+    def get(self, name: str) -> TaskDefinition | None:
+        return self._by_name.get(name)
 
     def of(self, function: TaskFunction) -> TaskDefinition:
         """The definition of a function; one that was never decorated gets the default settings.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from .cipher import Cipher, PlainText
 from .context import BoundedWords, TaskContext, TaskSink, current
 from .dependencies import Injector
 from .errors import CancelTask, RetryLater, UnknownFunction, UnreadableCall
-from .executors import Call, Executor
+from .executors import Call, Executor, carried
 from .journal import clean
 from .models import EventKind, TaskConfig, TaskStatus
 from .registry import TaskDefinition, TaskRegistry
@@ -29,6 +29,8 @@ from .tracing import attempt_span
 LONGEST_ERROR = 4_000
 LONGEST_STACKTRACE = 32_000
 MOST_RETRY_LATER = 1_000
+UNLIMITED = asyncio.Timeout(None)
+"""Never entered, so it never expires."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,57 +106,75 @@ class Runner:
         task = attempt.task
         try:
             definition = self._registry.named(task.name)
-            with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
-                outcome = await self._outcome(attempt, definition)
-            config = definition.config
         except UnknownFunction as error:
-            outcome, config = Failed(error, final=True), TaskConfig()
+            return self.ended(attempt, TaskConfig(), Failed(error, final=True))
+        with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
+            outcome = await self._outcome(attempt, definition)
+        return self.ended(attempt, definition.config, outcome)
+
+    def run_here(self, attempt: Attempt, definition: TaskDefinition) -> Finish:
+        """The same on the calling thread, for a function that needs nothing of the event loop (`needs_only_a_thread`)."""
+        task = attempt.task
+        with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
+            outcome = self._outcome_here(attempt, definition)
+        return self.ended(attempt, definition.config, outcome)
+
+    def ended(self, attempt: Attempt, config: TaskConfig, outcome: Outcome) -> Finish:
+        """What to write of an attempt that came to this."""
         attempt.words.close(attempt.context)
-        finish = decide(task, config, outcome, self._clock())
+        finish = decide(attempt.task, config, outcome, self._clock())
         return finish if self.retries_wait or finish.run_at is None else finish._replace(run_at=finish.at)
 
-    async def _outcome(self, attempt: Attempt, definition: TaskDefinition) -> Outcome:
-        try:
-            arguments = self._cipher.open(attempt.task.arguments, attempt.task.task_id, attempt.task.name)
-        except ValueError as error:
-            return Failed(UnreadableCall(attempt.task.name, error), final=True)
-        executor = self._executors[definition.executor]
-        seconds = definition.config.timeout
-        limit = asyncio.timeout(seconds)
-        call = Call(definition, arguments, attempt.context, limit=limit if seconds is not None else None)
+    def _outcome_here(self, attempt: Attempt, definition: TaskDefinition) -> Outcome:
         current.set(attempt.context)
         try:
+            value = Call(definition, self._arguments(attempt.task), attempt.context).bound()()
+        except BaseException as error:  # noqa: BLE001 - user code
+            return outcome_of(carried(error), attempt)
+        finally:
+            current.set(None)
+        return stopped(attempt) or Succeeded(self._stored(attempt, value))
+
+    async def _outcome(self, attempt: Attempt, definition: TaskDefinition) -> Outcome:
+        executor = self._executors[definition.executor]
+        seconds = definition.config.timeout
+        limit = UNLIMITED if seconds is None else asyncio.timeout(seconds)
+        current.set(attempt.context)
+        try:
+            arguments = self._arguments(attempt.task)
+            call = Call(definition, arguments, attempt.context, limit=None if seconds is None else limit)
             if definition.dependencies is not None:
-                value = await self._inject(attempt, executor, call, limit)
+                value = await self._inject(attempt, executor, call)
             elif seconds is None:
                 value = await executor.run(call)
             else:
                 async with limit:
                     value = await executor.run(call)
-        except RetryLater as later:
-            return Postponed(later.seconds)
-        except CancelTask as cancel:
-            return Cancelled(cancel.reason)
-        except UnreadableCall as error:
-            return Failed(error, final=True)
-        except TimeoutError as error:
-            attempt.context.cancelled = attempt.context.cancelled or limit.expired()
-            return stopped(attempt) or Failed(timed_out(definition.config) if limit.expired() else error)
         except BaseException as error:  # noqa: BLE001 - user code, and CancelledError when the attempt is stopped
-            return stopped(attempt) or Failed(error)
+            if isinstance(error, TimeoutError) and limit.expired():
+                attempt.context.cancelled = True
+                return stopped(attempt) or Failed(timed_out(definition.config))
+            return outcome_of(error, attempt)
         finally:
             current.set(None)
         if limit.expired():  # the function swallowed its cancellation
             return stopped(attempt) or Failed(timed_out(definition.config))
         return stopped(attempt) or Succeeded(self._stored(attempt, value))
 
-    async def _inject(self, attempt: Attempt, executor: Executor, call: Call, limit: asyncio.Timeout) -> Any:
+    def _arguments(self, task: Claimed) -> str:
+        """As they were encoded. Raises UnreadableCall when they cannot be decrypted."""
+        try:
+            return self._cipher.open(task.arguments, task.task_id, task.name)
+        except ValueError as error:
+            raise UnreadableCall(task.name, error) from error
+
+    async def _inject(self, attempt: Attempt, executor: Executor, call: Call) -> Any:
         """Runs the call with what its dependencies resolve to, and returns when they are closed."""
         assert call.definition.dependencies is not None
         return await self._injector.run(
             call.definition.dependencies,
-            lambda injected: executor.run(replace(call, injected=injected)),
-            limit,
+            lambda injected: executor.run(call._replace(injected=injected)),
+            call.limit or asyncio.timeout(None),
             attempt.close,
         )
 
@@ -165,6 +185,19 @@ class Runner:
             self._sink.log(attempt.context, "warning", f"the result was not stored: {error}", {})
             return None
         return None if text is None else self._cipher.seal(text, attempt.task.task_id, attempt.task.name)
+
+
+def outcome_of(error: BaseException, attempt: Attempt) -> Outcome:
+    """What an attempt came to that raised this."""
+    match error:
+        case RetryLater():
+            return Postponed(error.seconds)
+        case CancelTask():
+            return Cancelled(error.reason)
+        case UnreadableCall():
+            return Failed(error, final=True)
+        case _:
+            return stopped(attempt) or Failed(error)
 
 
 def timed_out(config: TaskConfig) -> TimeoutError:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID, uuid5
 
 import uuid_utils
@@ -65,8 +65,7 @@ MOST_UNKNOWN_QUEUES = 100
 """Names of undeclared queues that are remembered, each warned about once."""
 
 
-@dataclass(frozen=True, slots=True)
-class AddOptions:
+class AddOptions(NamedTuple):
     """What a caller may say about one task, beyond its arguments. None means: as the decorator says."""
 
     idempotency_key: str | None = None
@@ -468,6 +467,8 @@ def start_time(options: AddOptions, now: datetime) -> datetime:
 
 
 def checked_tags(defaults: Mapping[str, str], tags: Mapping[str, str] | None) -> Mapping[str, str]:
+    if not defaults and not tags:
+        return {}
     merged = {**defaults, **(tags or {})}
     for key, value in merged.items():
         if not isinstance(key, str) or not isinstance(value, str):

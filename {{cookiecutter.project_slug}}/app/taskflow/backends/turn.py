@@ -302,8 +302,8 @@ class TurnWriter:
             names, most = room.startable(waiting), room.free(queue)
             if names and most:
                 candidates = self._ready(queue, names, waiting, most)
-                more = more or len(candidates) == most
                 chosen += [next_claim(cells, self._turn.now) for cells in candidates if room.take(queue, cells[1])]
+                more = more or (len(candidates) == most and room.free(queue) > 0)
         if chosen:
             self._seize(chosen)
         return chosen, more
