@@ -20,6 +20,7 @@ from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import pydantic_core
 from pydantic import BaseModel
 
 MARK = "$"
@@ -28,6 +29,8 @@ PLAIN = frozenset((str, int, bool, type(None)))
 """Types that JSON has words for, whatever the value."""
 DEEPEST = 100
 """Levels of nesting that are stored."""
+LONGEST_NUMBER = 4_300
+"""Digits of an int that Python reads back; the fast encoder would write more."""
 LARGEST_RESULT = 64 * 1024
 """Characters of JSON."""
 
@@ -39,16 +42,27 @@ class CannotStore(ValueError):
 def encode(value: object) -> str:
     """JSON text of a value. Raises CannotStore."""
     try:
-        return _encoder.encode(to_json(value))
+        return dumps(to_json(value))
     except CannotStore:
         raise
     except ValueError as error:  # an int with more digits than Python would read back
         raise CannotStore(str(error)) from error
 
 
+def dumps(value: object) -> str:
+    """JSON text of plain values, in ASCII: the fast way, where it can be taken."""
+    try:
+        text = pydantic_core.to_json(value)
+    except pydantic_core.PydanticSerializationError:  # a lone surrogate, which the standard library escapes
+        return _encoder.encode(value)
+    return text.decode() if len(text) < LONGEST_NUMBER and text.isascii() else _encoder.encode(value)
+
+
 def decode(text: str) -> Any:
     """The value of a JSON text that `encode` wrote. Raises ValueError when it did not."""
-    return _decoder.decode(text)
+    if MARK in text or "\\" in text:  # a tag, or an escape that may stand for a lone surrogate
+        return _decoder.decode(text)
+    return pydantic_core.from_json(text)
 
 
 def encode_result(value: object) -> str | None:
@@ -86,9 +100,10 @@ def to_json(value: Any, where: str = "", depth: int = 0) -> Any:
     if kind is float:
         return value if math.isfinite(value) else {"$float": str(value)}
     if kind is list:
-        if PLAIN.issuperset(map(type, value)):
-            return value
-        return [to_json(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+        return [
+            item if type(item) in PLAIN else to_json(item, f"{where}[{index}]", depth + 1)
+            for index, item in enumerate(value)
+        ]
     if kind is dict:
         return dict_to_json(value, where, depth)
     if tag := TAGS.get(kind):
@@ -97,6 +112,8 @@ def to_json(value: Any, where: str = "", depth: int = 0) -> Any:
 
 
 def dict_to_json(value: dict[Any, Any], where: str, depth: int) -> Any:
+    if not value:
+        return value
     if all(type(key) is str and not key.startswith(MARK) for key in value):
         return {key: to_json(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
     pairs = []

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 from .context import TaskContext
 from .errors import TaskArgumentError, UnreadableCall
@@ -26,6 +26,8 @@ DEFAULT_ASYNC_SLOTS = 1_000
 DEFAULT_THREADS = 100
 """Threads start when they are needed; they mostly wait for somebody else's server."""
 
+
+E = TypeVar("E", bound=BaseException)
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -232,8 +234,13 @@ class Job:
 
 def carried(error: BaseException) -> BaseException:
     """The error in a form that futures and coroutines can carry: they use two of them for purposes of their own."""
-    if not isinstance(error, StopIteration | GeneratorExit):
+    if not is_a(error, StopIteration) and not is_a(error, GeneratorExit):
         return error
     wrapped = RuntimeError(f"the task raised {type(error).__name__}")
     wrapped.__cause__ = error
     return wrapped
+
+
+def is_a(error: BaseException, kind: type[E]) -> TypeGuard[E]:
+    """As an `except` clause sees it: asks the type only, because an error of user code may lie or raise."""
+    return issubclass(type(error), kind)

@@ -35,10 +35,17 @@ POLL_INTERVAL = 1.0
 MOST_WAITING = 10_000
 """Drafts, and log lines, that wait for a turn; while the database stalls, more are refused, or push out the oldest."""
 MOST_DRAFTS_PER_TURN = 1_000
+LINGER = 0.001
+"""Seconds that a turn with nothing but finishes waits for more of them, while `SIBLINGS` or more tasks still run."""
+SIBLINGS = 5
+"""The idea and the number are PostgreSQL's `commit_delay` and `commit_siblings`."""
 
 
 class Worker(Protocol):
     """What starts tasks: it says what it can take, and is told what became of its last turn."""
+
+    @property
+    def running(self) -> int: ...
 
     def demand(self, finishes: Sequence[Finish]) -> Demand | None:
         """What it can start once these finishes are written: the turn that frees a slot also fills it."""
@@ -228,6 +235,7 @@ class Journal:
 
     async def _round(self) -> None:
         await self._until_needed()
+        await self._linger()
         self._expire()
         batch = self._collect()
         self._turning, self._turn_began = batch.size > 0, monotonic()
@@ -265,6 +273,13 @@ class Journal:
             except TimeoutError:
                 pass
         self._wake.clear()
+
+    async def _linger(self) -> None:
+        """Many short tasks end at almost the same time: one commit is cheaper than one for the first and one for the
+        others. Nobody waits for it."""
+        others = self._worker.running - len(self._finishes) if self._worker else 0
+        if self._finishes and not self._waiting and others >= SIBLINGS:
+            await asyncio.sleep(LINGER)
 
     def _seconds_to_next_look(self) -> float:
         if self._next_due is None:

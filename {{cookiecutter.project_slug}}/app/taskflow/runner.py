@@ -19,7 +19,7 @@ from .cipher import Cipher, PlainText
 from .context import BoundedWords, TaskContext, TaskSink, current
 from .dependencies import Injector
 from .errors import CancelTask, RetryLater, UnknownFunction, UnreadableCall
-from .executors import Call, Executor, carried
+from .executors import Call, Executor, carried, is_a
 from .journal import clean
 from .models import EventKind, TaskConfig, TaskStatus
 from .registry import TaskDefinition, TaskRegistry
@@ -151,7 +151,7 @@ class Runner:
                 async with limit:
                     value = await executor.run(call)
         except BaseException as error:  # noqa: BLE001 - user code, and CancelledError when the attempt is stopped
-            if isinstance(error, TimeoutError) and limit.expired():
+            if limit.expired() and is_a(error, TimeoutError):
                 attempt.context.cancelled = True
                 return stopped(attempt) or Failed(timed_out(definition.config))
             return outcome_of(error, attempt)
@@ -189,15 +189,13 @@ class Runner:
 
 def outcome_of(error: BaseException, attempt: Attempt) -> Outcome:
     """What an attempt came to that raised this."""
-    match error:
-        case RetryLater():
-            return Postponed(error.seconds)
-        case CancelTask():
-            return Cancelled(error.reason)
-        case UnreadableCall():
-            return Failed(error, final=True)
-        case _:
-            return stopped(attempt) or Failed(error)
+    if is_a(error, RetryLater):
+        return Postponed(error.seconds)
+    if is_a(error, CancelTask):
+        return Cancelled(error.reason)
+    if is_a(error, UnreadableCall):
+        return Failed(error, final=True)
+    return stopped(attempt) or Failed(error)
 
 
 def timed_out(config: TaskConfig) -> TimeoutError:

@@ -192,8 +192,8 @@ class Commands:
                 self._ledger.ran(queue, name, status, finished_at, started_at)
             gone = [(task_id,) for task_id, *_ in rows]
             if gone:
-                self._sql.purge_events.run_rows(self._cursor, gone)
-                self._sql.purge_logs.run_rows(self._cursor, gone)
+                self._sql.purge_events.change(self._cursor, gone)
+                self._sql.purge_logs.change(self._cursor, gone)
             deleted += len(rows)
         return Answer(changed=deleted)
 

@@ -75,8 +75,8 @@ class Ledger:
 
     def write(self) -> None:
         if self._events:
-            self._sql.events.run_rows(self._cursor, self._events)
+            self._sql.events.change(self._cursor, self._events)
         keys = [key for key in self._counts.keys() | self._micros.keys() if self._counts[key] or self._micros[key]]
         if keys:
             rows = [(*key, self._counts[key], self._micros[key]) for key in sorted(keys)]
-            self._sql.count.run_rows(self._cursor, rows)
+            self._sql.count.change(self._cursor, rows)

@@ -41,7 +41,7 @@ from .base import Beat, Instance, Turn, TurnResult
 from .pages import page_statement
 from .room import QueueBook
 from .rows import event_of, loads_object, record_of
-from .statements import STAGE_BATCH, Statements, has_status
+from .statements import STAGE_BATCH, Prepared, Statements, has_status
 from .tables import counter, event, log, revoked, task
 from .turn import Mistaken, TurnWriter
 
@@ -73,6 +73,13 @@ class SqlBackend:
     def expand(self, parameter: str, columns: Sequence[sa.Column[Any]]) -> sa.Subquery:
         """The rows of a JSON array of arrays, as a table with these columns."""
         raise NotImplementedError
+
+    def arriving(self, columns: Sequence[sa.Column[Any]]) -> sa.Subquery:
+        """The rows that a prepared statement is given, as a table with these columns. The first one is never NULL."""
+        return self.expand("rows", columns)
+
+    def prepare(self, statement: sa.Executable) -> Prepared:
+        return Prepared(statement, self.dialect)
 
     def gather(self, rows: sa.Subquery) -> sa.ColumnElement[str]:
         """All of these rows in their order, as one JSON array of arrays."""

@@ -7,17 +7,22 @@ commit survive a power loss.
 
 from __future__ import annotations
 
+import re
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import QueuePool, StaticPool
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from ..errors import TaskflowError
 from .sql import SqlBackend, translated
+from .statements import Cursor, Prepared
 
 T = TypeVar("T")
 
@@ -26,6 +31,12 @@ OLDEST_SQLITE = (3, 35, 0)
 BUSY_TIMEOUT = 0.5
 """Seconds that one try waits for another process's transaction. Below the journal's `accept_timeout`, so that a
 caller who was told "no" is never written afterwards."""
+
+
+POSITIONAL = sqlite_dialect(paramstyle="qmark")
+ROW = re.compile(r"\(/\*(\d+)\*/\)")
+"""Where the rows of a bulk statement go in its text, and how many cells each has."""
+LONGEST_LIST = 512
 
 
 class SqliteBackend(SqlBackend):
@@ -53,7 +64,7 @@ class SqliteBackend(SqlBackend):
             self.url,
             poolclass=pool,
             paramstyle="named",
-            connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False},
+            connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False, "cached_statements": 512},
         )
         sa.event.listen(engine, "connect", prepare_connection)
         sa.event.listen(engine, "begin", begin_read if reads_only else begin_write)
@@ -67,11 +78,65 @@ class SqliteBackend(SqlBackend):
         ]
         return sa.select(*cells).subquery(f"{parameter}_table")
 
+    def arriving(self, columns: Sequence[sa.Column[Any]]) -> sa.Subquery:
+        cells = ", ".join(f"column{place} AS {column.name}" for place, column in enumerate(columns, 1))
+        rows = sa.text(f"SELECT {cells} FROM (VALUES (/*{len(columns)}*/)) WHERE column1 IS NOT NULL")
+        return rows.columns(*(sa.column(column.name, column.type) for column in columns)).subquery("arriving")
+
+    def prepare(self, statement: sa.Executable) -> Prepared:
+        kind = BulkStatement if ROW.search(str(statement)) else Prepared
+        return kind(statement, self.dialect)
+
     def gather(self, rows: sa.Subquery) -> sa.ColumnElement[str]:
         return sa.func.json_group_array(sa.func.json_array(*rows.c))
 
     def insert(self, table: sa.Table) -> Any:
         return insert(table)
+
+
+class BulkStatement(Prepared):
+    """A statement whose rows come as the parameters of a VALUES list.
+
+    SQLite needs three times as long to unpack them from JSON. The list is filled up to a power of two, so that few
+    texts have to be compiled.
+    """
+
+    def __init__(self, statement: sa.Executable, dialect: sa.Dialect) -> None:
+        super().__init__(statement, dialect)
+        compiled = self.statement.compile(dialect=POSITIONAL)
+        assert isinstance(compiled, SQLCompiler) and compiled.positiontup is not None
+        self._before, row, self._after = ROW.split(str(compiled))
+        place = self._before.count("?")
+        self._names_before, self._names_after = compiled.positiontup[:place], compiled.positiontup[place:]
+        self._width = int(row)
+        self._texts: dict[int, str] = {}
+
+    def change(self, cursor: Cursor, rows: Sequence[Sequence[Any]], **values: object) -> int:
+        return sum(self._run_part(cursor, part, values).rowcount for part in parts(rows))
+
+    def change_each(self, cursor: Cursor, rows: Sequence[Sequence[Any]], **values: object) -> Sequence[Any]:
+        return [told for part in parts(rows) for told in self._run_part(cursor, part, values).fetchall()]
+
+    def _run_part(self, cursor: Cursor, rows: Sequence[Sequence[Any]], values: Mapping[str, object]) -> Cursor:
+        known = self._constants | values
+        length = 1 << (len(rows) - 1).bit_length()
+        cells = [known[name] for name in self._names_before]
+        cells += chain.from_iterable(rows)
+        cells += [None] * ((length - len(rows)) * self._width)
+        cells += [known[name] for name in self._names_after]
+        cursor.execute(self._text(length), cells)
+        return cursor
+
+    def _text(self, length: int) -> str:
+        if length not in self._texts:
+            row = f"({', '.join('?' * self._width)})"
+            self._texts[length] = self._before + ", ".join([row] * length) + self._after
+        return self._texts[length]
+
+
+def parts(rows: Sequence[Sequence[Any]]) -> Iterator[Sequence[Sequence[Any]]]:
+    for start in range(0, len(rows), LONGEST_LIST):
+        yield rows[start : start + LONGEST_LIST]
 
 
 def prepare_connection(connection: sqlite3.Connection, _record: object) -> None:

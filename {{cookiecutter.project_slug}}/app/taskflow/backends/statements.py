@@ -1,9 +1,8 @@
 """The statements of a turn, built and compiled once.
 
-Owns the SQL of the hot path. Each statement takes its rows as one JSON parameter, `rows`, which the database expands,
-and what is read comes back as one JSON cell: hundreds of rows are one statement, during which Python is free. Drivers
-give Python back for every row that they hand over, and a busy event loop may then keep it for a while. They run on the
-driver's own cursor.
+Owns the SQL of the hot path. Hundreds of rows are one statement, during which Python is free, and what is read comes
+back as one JSON cell: drivers take Python back for every row that they hand over, and a busy event loop may keep it for
+a while. They run on the driver's own cursor.
 """
 
 from __future__ import annotations
@@ -82,18 +81,25 @@ class Dialect(Protocol):
 
     def expand(self, parameter: str, columns: Sequence[sa.Column[Any]]) -> sa.Subquery: ...
 
+    def arriving(self, columns: Sequence[sa.Column[Any]]) -> sa.Subquery: ...
+
+    def prepare(self, statement: sa.Executable) -> Prepared: ...
+
     def gather(self, rows: sa.Subquery) -> sa.ColumnElement[str]: ...
 
     def insert(self, table: sa.Table) -> Any: ...
 
 
 class Prepared:
-    """A statement as the driver takes it: its text, and the parameters that never change."""
+    """A statement as the driver takes it: its text, and the parameters that never change.
+
+    One over `Dialect.arriving` takes its rows as one JSON parameter, unless the dialect knows a better way.
+    """
 
     def __init__(self, statement: sa.Executable, dialect: sa.Dialect) -> None:
         assert isinstance(statement, sa.ClauseElement)
-        compiled = statement.compile(dialect=dialect)
         self.statement = statement
+        compiled = statement.compile(dialect=dialect)
         self.sql = str(compiled)
         self._constants = {name: value for name, value in compiled.params.items() if value is not None}
 
@@ -101,8 +107,13 @@ class Prepared:
         cursor.execute(self.sql, self._constants | values)
         return cursor
 
-    def run_rows(self, cursor: Cursor, rows: Sequence[Sequence[Any]], **values: object) -> Cursor:
-        return self.run(cursor, rows=json.dumps(rows), **values)
+    def change(self, cursor: Cursor, rows: Sequence[Sequence[Any]], **values: object) -> int:
+        """How many rows of the table changed."""
+        return self.run(cursor, rows=json.dumps(rows), **values).rowcount
+
+    def change_each(self, cursor: Cursor, rows: Sequence[Sequence[Any]], **values: object) -> Sequence[Any]:
+        """What the statement's RETURNING says of each."""
+        return self.run(cursor, rows=json.dumps(rows), **values).fetchall()
 
     def cells(self, cursor: Cursor, **values: object) -> Sequence[Any]:
         """The one row of a query that always has one."""
@@ -144,6 +155,8 @@ class Statements:
     def __init__(self, database: Dialect) -> None:
         self._database = database
         self._listed = task.c.task_id.in_(self._ids())
+        named = database.expand("rows", (task.c.task_id,))
+        self.rows = sa.select(task).where(task.c.task_id.in_(sa.select(named.c.task_id))).with_for_update()
         self._build_turn()
         self._build_claim()
         self._build_logbook()
@@ -155,23 +168,22 @@ class Statements:
         return self._database.insert(table)
 
     def _prepare(self, statement: sa.Executable) -> Prepared:
-        return Prepared(statement, self._database.dialect)
+        return self._database.prepare(statement)
 
     def _gather(self, rows: sa.Select[Any]) -> sa.Select[Any]:
         return sa.select(self._database.gather(rows.subquery("gathered")))
 
     def _ids(self) -> sa.Select[Any]:
-        ids = self._database.expand("rows", (task.c.task_id,))
+        ids = self._database.arriving((task.c.task_id,))
         return sa.select(ids.c.task_id)
 
     def _insert_rows(self, table: sa.Table, names: Sequence[str]) -> Any:
-        rows = self._database.expand("rows", [table.c[name] for name in names])
+        rows = self._database.arriving([table.c[name] for name in names])
         return self._database.insert(table).from_select(list(names), sa.select(*rows.c).where(sa.true()))
 
     def _build_turn(self) -> None:
         """Recording what finished, admitting what arrived."""
-        finished = self._database.expand(
-            "rows",
+        finished = self._database.arriving(
             (
                 task.c.task_id,
                 task.c.attempt,
@@ -203,7 +215,7 @@ class Statements:
         )
         self.record = self._prepare(record)
         self.record_each = self._prepare(record.returning(task.c.task_id, task.c.status))
-        drafted = self._database.expand("rows", DRAFT_COLUMNS)
+        drafted = self._database.arriving(DRAFT_COLUMNS)
         unset = {"excused": 0, "crashes": 0, "cancel_requested": False}
         admit = (
             self._database.insert(task)
@@ -215,7 +227,6 @@ class Statements:
         )
         self.admit = self._prepare(admit)
         self.admit_each = self._prepare(admit.returning(task.c.task_id))
-        self.rows = sa.select(task).where(self._listed).with_for_update()
 
     def _build_claim(self) -> None:
         """Staging what became due, choosing what may start, seizing it."""
@@ -278,7 +289,7 @@ class Statements:
                 set_={"n": counter.c.n + counted.excluded.n, "micros": counter.c.micros + counted.excluded.micros},
             )
         )
-        told = self._database.expand("rows", (task.c.task_id, task.c.attempt, task.c.instance, task.c.progress))
+        told = self._database.arriving((task.c.task_id, task.c.attempt, task.c.instance, task.c.progress))
         self.progress = self._prepare(
             task.update().where(task.c.task_id == told.c.task_id, *fence(told)).values(progress=told.c.progress)
         )

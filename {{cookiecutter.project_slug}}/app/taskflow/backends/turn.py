@@ -147,8 +147,8 @@ class TurnWriter:
     def _recorded(self, rows: Sequence[Sequence[Any]]) -> Mapping[str, str]:
         """Id -> the status that was written. One that would wait again may have been asked to stop meanwhile."""
         if self._careful or any(status in (TaskStatus.PENDING, DELAYED) for _, _, _, status, *_ in rows):
-            return dict(self._sql.record_each.run_rows(self._cursor, rows).fetchall())
-        if self._sql.record.run_rows(self._cursor, rows).rowcount != len(rows):
+            return dict(self._sql.record_each.change_each(self._cursor, rows))
+        if self._sql.record.change(self._cursor, rows) != len(rows):
             raise Mistaken
         return {row[0]: row[3] for row in rows}
 
@@ -186,8 +186,8 @@ class TurnWriter:
     def _stored(self, rows: Sequence[Sequence[Any]], *, new: bool) -> Collection[str]:
         """The ids that were not there before."""
         if self._careful or not new:
-            return {task_id for (task_id,) in self._sql.admit_each.run_rows(self._cursor, rows).fetchall()}
-        if self._sql.admit.run_rows(self._cursor, rows).rowcount != len(rows):
+            return {task_id for (task_id,) in self._sql.admit_each.change_each(self._cursor, rows)}
+        if self._sql.admit.change(self._cursor, rows) != len(rows):
             raise Mistaken
         return {row[0] for row in rows}
 
@@ -303,7 +303,7 @@ class TurnWriter:
             if names and most:
                 candidates = self._ready(queue, names, waiting, most)
                 chosen += [next_claim(cells, self._turn.now) for cells in candidates if room.take(queue, cells[1])]
-                more = more or (len(candidates) == most and room.free(queue) > 0)
+                more = more or (len(candidates) == most and bool(room.startable(names)))
         if chosen:
             self._seize(chosen)
         return chosen, more
@@ -317,7 +317,7 @@ class TurnWriter:
     def _seize(self, chosen: Sequence[Claimed]) -> None:
         """What was chosen is locked, by the transaction or row by row: all of it can be had."""
         rows = [(task.task_id,) for task in chosen]
-        self._sql.seize.run_rows(self._cursor, rows, me=self._turn.instance, at=self._at)
+        self._sql.seize.change(self._cursor, rows, me=self._turn.instance, at=self._at)
         for task in chosen:
             self._ledger.event(EventKind.STARTED, task.task_id, task.attempt)
             self._ledger.move(task.queue, task.name, TaskStatus.PENDING, TaskStatus.RUNNING)
@@ -341,4 +341,4 @@ class TurnWriter:
 
     def _bulk(self, statement: Prepared, rows: Sequence[Sequence[Any]]) -> None:
         if rows:
-            statement.run_rows(self._cursor, rows)
+            statement.change(self._cursor, rows)
