@@ -36,7 +36,7 @@ MOST_WAITING = 10_000
 """Drafts, and log lines, that wait for a turn; while the database stalls, more are refused, or push out the oldest."""
 MOST_DRAFTS_PER_TURN = 1_000
 LINGER = 0.001
-"""Seconds that a turn with nothing but finishes waits for more of them, while `SIBLINGS` or more tasks still run."""
+"""Seconds that a turn with nothing but finishes waits, while `SIBLINGS` or more tasks still run, for half of them."""
 SIBLINGS = 5
 """The idea and the number are PostgreSQL's `commit_delay` and `commit_siblings`."""
 
@@ -276,10 +276,17 @@ class Journal:
 
     async def _linger(self) -> None:
         """Many short tasks end at almost the same time: one commit is cheaper than one for the first and one for the
-        others. Nobody waits for it."""
+        others. Half of them are enough: the others run while these are written."""
+        if self._finishes and self._more_will_finish():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER):
+                    while self._more_will_finish():
+                        self._wake.clear()
+                        await self._wake.wait()
+
+    def _more_will_finish(self) -> bool:
         others = self._worker.running - len(self._finishes) if self._worker else 0
-        if self._finishes and not self._waiting and others >= SIBLINGS:
-            await asyncio.sleep(LINGER)
+        return others >= max(SIBLINGS, len(self._finishes)) and not self._waiting
 
     def _seconds_to_next_look(self) -> float:
         if self._next_due is None:

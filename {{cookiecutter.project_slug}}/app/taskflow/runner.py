@@ -113,7 +113,7 @@ class Runner:
         return self.ended(attempt, definition.config, outcome)
 
     def run_here(self, attempt: Attempt, definition: TaskDefinition) -> Finish:
-        """The same on the calling thread, for a function that needs nothing of the event loop (`needs_only_a_thread`)."""
+        """The same on the calling thread, for a function that `needs_only_a_thread`."""
         task = attempt.task
         with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
             outcome = self._outcome_here(attempt, definition)

@@ -14,7 +14,7 @@ from app.taskflow import journal as journal_module
 from app.taskflow.backends.base import Answer, Backend, Cancel, Claimed, Demand, Draft, Finish, Turn, TurnResult
 from app.taskflow.journal import MOST_WAITING, Journal
 
-from .helpers import START, eventually, make_context, make_draft, make_finish, next_id
+from .helpers import PATIENCE, START, eventually, make_context, make_draft, make_finish, next_id
 
 pytestmark = pytest.mark.anyio
 
@@ -56,14 +56,18 @@ class FakeBackend:
 
 class FakeWorker:
     def __init__(self) -> None:
-        self.running: set[str] = set()
+        self.ids: set[str] = set()
         self.written: list[Finish] = []
+
+    @property
+    def running(self) -> int:
+        return len(self.ids)
 
     def demand(self, finishes: Sequence[Finish]) -> Demand | None:
         return None
 
     def held(self) -> frozenset[str]:
-        return frozenset(self.running)
+        return frozenset(self.ids)
 
     def turned(self, finishes: Sequence[Finish], result: TurnResult) -> None:
         self.written += finishes
@@ -331,11 +335,47 @@ async def test_a_finish_is_tried_until_it_is_written_and_told_once(journal: Jour
     assert worker.written == [finish]
 
 
+async def test_tasks_that_end_together_are_written_together(journal: Journal, backend: FakeBackend) -> None:
+    worker = FakeWorker()
+    worker.ids = {f"task {number}" for number in range(20)}
+    journal.attach(worker)
+    before = len(backend.turns)
+    for _ in range(15):
+        journal.finish(success())
+        await asyncio.sleep(0)  # one event loop round each, as threads report them
+    await eventually(lambda: len(worker.written) == 15)
+    written = [len(turn.finishes) for turn in backend.turns[before:] if turn.finishes]
+    assert written[0] >= 10, written
+
+
+async def test_a_task_that_ends_alone_is_written_although_others_run_on(journal: Journal, backend: FakeBackend) -> None:
+    worker = FakeWorker()
+    worker.ids = {f"task {number}" for number in range(20)}
+    journal.attach(worker)
+    finish = success()
+    journal.finish(finish)
+    await eventually(lambda: worker.written == [finish])
+
+
+async def test_a_caller_does_not_wait_for_tasks_to_end(
+    journal: Journal, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "LINGER", PATIENCE)
+    worker = FakeWorker()
+    worker.ids = {f"task {number}" for number in range(20)}
+    journal.attach(worker)
+    journal.finish(success())
+    await asyncio.sleep(0.01)
+    assert worker.written == []
+    await journal.accept([make_draft()])
+    assert len(worker.written) == 1
+
+
 async def test_after_a_turn_of_unknown_outcome_the_next_one_says_what_runs_here(
     journal: Journal, backend: FakeBackend
 ) -> None:
     worker = FakeWorker()
-    worker.running = {"known"}
+    worker.ids = {"known"}
     journal.attach(worker)
     await journal.accept([make_draft()])
     assert backend.turns[-1].held is None

@@ -6,7 +6,7 @@ transaction, so that events and counts always agree with the rows.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from itertools import chain
@@ -35,8 +35,8 @@ class Ledger:
         self._at = to_micros(now)
         self._before = levels
         self._events: list[Sequence[Any]] = []
-        self._counts: Counter[tuple[str, str, str]] = Counter()
-        self._micros: Counter[tuple[str, str, str]] = Counter()
+        self._counts: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self._micros: defaultdict[tuple[str, str, str], int] = defaultdict(int)
 
     def event(
         self,
@@ -50,7 +50,7 @@ class Ledger:
     ) -> None:
         """`attempt` is the number of started attempts; the event counts it from 0."""
         number = None if attempt is None else attempt - 1
-        self._events.append((task_id, at or self._at, kind, number, self._instance, actor, detail))
+        self._events.append((task_id, at or self._at, str(kind), number, self._instance, actor, detail))
 
     def move(self, queue: str, name: str, before: str | None, after: str | None) -> None:
         """One task changes its stored status; None is no task."""

@@ -104,7 +104,8 @@ class BulkStatement(Prepared):
     def __init__(self, statement: sa.Executable, dialect: sa.Dialect) -> None:
         super().__init__(statement, dialect)
         compiled = self.statement.compile(dialect=POSITIONAL)
-        assert isinstance(compiled, SQLCompiler) and compiled.positiontup is not None
+        assert isinstance(compiled, SQLCompiler)
+        assert compiled.positiontup is not None
         self._before, row, self._after = ROW.split(str(compiled))
         place = self._before.count("?")
         self._names_before, self._names_after = compiled.positiontup[:place], compiled.positiontup[place:]
@@ -118,7 +119,7 @@ class BulkStatement(Prepared):
         return [told for part in parts(rows) for told in self._run_part(cursor, part, values).fetchall()]
 
     def _run_part(self, cursor: Cursor, rows: Sequence[Sequence[Any]], values: Mapping[str, object]) -> Cursor:
-        known = self._constants | values
+        known = {**self._constants, **values}
         length = 1 << (len(rows) - 1).bit_length()
         cells = [known[name] for name in self._names_before]
         cells += chain.from_iterable(rows)

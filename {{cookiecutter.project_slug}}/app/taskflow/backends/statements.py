@@ -56,6 +56,18 @@ DRAFT_COLUMNS = (
     task.c.retry_of,
     task.c.trace,
 )
+FINISH_COLUMNS = (
+    task.c.task_id,
+    task.c.attempt,
+    task.c.instance,
+    task.c.status,
+    task.c.run_at,
+    task.c.finished_at,
+    task.c.result,
+    task.c.error,
+    task.c.stacktrace,
+    task.c.excused,
+)
 EVENT_COLUMNS = ("task_id", "at", "kind", "attempt", "instance", "actor", "detail")
 LOG_COLUMNS = ("task_id", "at", "level", "attempt", "message", "extra")
 
@@ -93,6 +105,7 @@ class Dialect(Protocol):
 class Prepared:
     """A statement as the driver takes it: its text, and the parameters that never change.
 
+    What goes into a row is plain: drivers take a detour for an enum's member or a bool.
     One over `Dialect.arriving` takes its rows as one JSON parameter, unless the dialect knows a better way.
     """
 
@@ -183,20 +196,7 @@ class Statements:
 
     def _build_turn(self) -> None:
         """Recording what finished, admitting what arrived."""
-        finished = self._database.arriving(
-            (
-                task.c.task_id,
-                task.c.attempt,
-                task.c.instance,
-                task.c.status,
-                task.c.run_at,
-                task.c.finished_at,
-                task.c.result,
-                task.c.error,
-                task.c.stacktrace,
-                task.c.excused,
-            ),
-        )
+        finished = self._database.arriving(FINISH_COLUMNS)
         waits = sa.or_(finished.c.status == TaskStatus.PENDING, finished.c.status == DELAYED)
         withdrawn = sa.and_(waits, task.c.cancel_requested)  # what was asked to stop is not started again
         record = (

@@ -24,8 +24,11 @@ from .commands import Commands
 from .ledger import Ledger
 from .room import Levels, QueueBook, Room
 from .rows import dumps_object, first_claim, held_claim, micros, next_claim, stored_status
-from .statements import Cursor, Prepared, Statements, rows_of
+from .statements import DRAFT_COLUMNS, FINISH_COLUMNS, Cursor, Prepared, Statements, rows_of
+from .tables import task
 
+CREATED_AT = DRAFT_COLUMNS.index(task.c.created_at)
+ENDED_AT = FINISH_COLUMNS.index(task.c.finished_at)
 REARMED = (TaskStatus.FAILED, TaskStatus.INTERRUPTED, TaskStatus.REJECTED)
 """What an idempotency key that comes again finds its task in, and runs it again."""
 
@@ -115,27 +118,28 @@ class TurnWriter:
         rows = [self._finish_row(finish) for finish in finishes]
         written = self._recorded(rows)
         for finish, row in zip(finishes, rows, strict=True):
-            task, kind, ended = finish.task, finish.kind, row[5]
-            status = written.get(task.task_id)
+            item, kind, ended = finish.task, finish.kind, row[ENDED_AT]
+            status = written.get(item.task_id)
             if status is None:
-                self._ledger.event(EventKind.LEASE_LOST, task.task_id, task.attempt, detail=f"{kind} came too late")
+                self._ledger.event(EventKind.LEASE_LOST, item.task_id, item.attempt, detail=f"{kind} came too late")
                 continue
             if status == TaskStatus.CANCELLED and finish.status is not TaskStatus.CANCELLED:
                 kind = EventKind.CANCELLED
-                self._withdrawn.append(task.task_id)
-            self._ledger.event(kind, task.task_id, task.attempt, at=ended, detail=finish.error)
-            self._ledger.move(task.queue, task.name, TaskStatus.RUNNING, status)
+                self._withdrawn.append(item.task_id)
+            self._ledger.event(kind, item.task_id, item.attempt, at=ended, detail=finish.error)
+            self._ledger.move(item.queue, item.name, TaskStatus.RUNNING, status)
             if status not in (TaskStatus.PENDING, DELAYED):
-                self._ledger.ran(task.queue, task.name, status, to_micros(task.started_at), ended)
+                self._ledger.ran(item.queue, item.name, status, to_micros(item.started_at), ended)
         return frozenset(finish.task.task_id for finish in finishes if finish.task.task_id not in written)
 
     def _finish_row(self, finish: Finish) -> Sequence[Any]:
-        task, _, status, at, run_at, result, error, stacktrace, excused = finish
+        """In the order of FINISH_COLUMNS."""
+        item, _, status, at, run_at, result, error, stacktrace, excused = finish
         return (
-            task.task_id,
-            task.attempt,
+            item.task_id,
+            item.attempt,
             self._turn.instance,
-            status if run_at is None else stored_status(status, run_at, self._turn.now),
+            str(status) if run_at is None else str(stored_status(status, run_at, self._turn.now)),
             micros(run_at),
             to_micros(at),
             result,
@@ -166,9 +170,9 @@ class TurnWriter:
         status |= self._waiting_status(waiting, levels)
         rows = [self._draft_row(draft, status[task_id]) for task_id, draft in unique.items()]
         written = self._stored(rows, new=not any(draft.key for draft in drafts))
-        for task_id, draft in unique.items():
-            if task_id in written:
-                self._admitted(draft, status[task_id])
+        for draft, row in zip(unique.values(), rows, strict=True):
+            if draft.task_id in written:
+                self._admitted(draft, status[draft.task_id], created_at=row[CREATED_AT])
         existing = unique.keys() - written
         refused = {task_id for task_id in written if status[task_id] == TaskStatus.REJECTED}
         if existing:
@@ -191,10 +195,10 @@ class TurnWriter:
             raise Mistaken
         return {row[0] for row in rows}
 
-    def _admitted(self, draft: Draft, status: str) -> None:
+    def _admitted(self, draft: Draft, status: str, created_at: int) -> None:
         rejected = status == TaskStatus.REJECTED
         kind = EventKind.REJECTED if rejected else EventKind.ACCEPTED
-        self._ledger.event(kind, draft.task_id, at=to_micros(draft.created_at))
+        self._ledger.event(kind, draft.task_id, at=created_at)
         if status == TaskStatus.RUNNING:
             self._ledger.event(EventKind.STARTED, draft.task_id, 1)
         self._ledger.move(draft.queue, draft.name, None, status)
@@ -232,6 +236,7 @@ class TurnWriter:
     def _draft_row(self, draft: Draft, status: str) -> Sequence[Any]:
         """In the order of DRAFT_COLUMNS."""
         runs = status == TaskStatus.RUNNING
+        created_at = to_micros(draft.created_at)
         return (
             draft.task_id,
             draft.name,
@@ -239,16 +244,16 @@ class TurnWriter:
             draft.priority,
             draft.executor,
             draft.source,
-            status,
+            str(status),
             int(runs),
             self._turn.instance if runs else None,
             self._at if runs else None,
             draft.max_attempts,
-            to_micros(draft.created_at),
-            to_micros(draft.run_at),
+            created_at,
+            created_at if draft.run_at is draft.created_at else to_micros(draft.run_at),
             draft.arguments,
             dumps_object(draft.tags),
-            draft.requeue,
+            int(draft.requeue),
             draft.key,
             draft.retry_of,
             draft.trace,
@@ -316,15 +321,15 @@ class TurnWriter:
 
     def _seize(self, chosen: Sequence[Claimed]) -> None:
         """What was chosen is locked, by the transaction or row by row: all of it can be had."""
-        rows = [(task.task_id,) for task in chosen]
+        rows = [(item.task_id,) for item in chosen]
         self._sql.seize.change(self._cursor, rows, me=self._turn.instance, at=self._at)
-        for task in chosen:
-            self._ledger.event(EventKind.STARTED, task.task_id, task.attempt)
-            self._ledger.move(task.queue, task.name, TaskStatus.PENDING, TaskStatus.RUNNING)
+        for item in chosen:
+            self._ledger.event(EventKind.STARTED, item.task_id, item.attempt)
+            self._ledger.move(item.queue, item.name, TaskStatus.PENDING, TaskStatus.RUNNING)
 
     def _orphans(self, held: frozenset[str], fresh: Collection[str]) -> list[Claimed]:
         rows = map(held_claim, self._sql.held.gathered(self._cursor, me=self._turn.instance))
-        return [task for task in rows if task.task_id not in held and task.task_id not in fresh]
+        return [item for item in rows if item.task_id not in held and item.task_id not in fresh]
 
     # -- what is written last
 
