@@ -14,6 +14,7 @@ ORDER = [
     "codec",
     "cipher",
     "retry",
+    "ticks",
     "dependencies",
     "dependencies",
     "registry",

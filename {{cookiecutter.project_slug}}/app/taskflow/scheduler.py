@@ -1,0 +1,3 @@
+from .ticks import next_tick
+
+__all__ = ["next_tick"]
