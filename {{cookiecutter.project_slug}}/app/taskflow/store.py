@@ -47,6 +47,7 @@ from .models import (
     TaskPage,
     TaskRecord,
     TaskStatus,
+    to_micros,
 )
 from .registry import TaskDefinition, TaskFunction, TaskRegistry
 from .tracing import current_traceparent
@@ -55,6 +56,8 @@ logger = logging.getLogger("taskflow")
 
 KEY_NAMESPACE = UUID("6f2d7c1e-3b0a-5c0e-9a53-1d5f0f6a8f11")
 """Ids of tasks with an idempotency key are uuid5 of this and "name:key": equal keys meet in one row, everywhere."""
+TICK_NAMESPACE = UUID("0d9b6c2f-51c4-5a7e-8f0a-7c3e2b9d4a61")
+"""Ids of a schedule's ticks are uuid5 of this and "name:microseconds"."""
 RESULT_POLL = 1.0
 """Seconds between looks at a task that may run in another process."""
 MOST_TAG_CHARACTERS = 256
@@ -131,11 +134,23 @@ class TaskStore:
     ) -> Draft:
         """A task as its caller wants it, checked and encoded. Raises TaskArgumentError or TaskflowError."""
         definition = self._registry.of(function)
-        config = definition.config
-        now = self._clock()
         task_id = self._new_id(definition.name, options.idempotency_key)
         arguments = definition.encode(args, kwargs)
         self._carried.keep(task_id)
+        return self._describe(definition, task_id, arguments, options)
+
+    def run_of(self, schedule: str, arguments: str, tick: datetime | None) -> Draft:
+        """A run of a schedule, for one of its ticks or for now. Equal ticks have equal ids, on every instance.
+
+        Its `run_at` is the tick and its `created_at` the time it was fired: the list of tasks stays in order, and the
+        difference from tick to start is how late it was.
+        """
+        task_id = self._new_id(schedule, None) if tick is None else tick_id(schedule, tick)
+        draft = self._describe(self._registry.named(schedule), task_id, arguments, AddOptions())
+        return replace(draft, source="scheduled", schedule=schedule, run_at=tick or draft.run_at)
+
+    def _describe(self, definition: TaskDefinition, task_id: str, arguments: str, options: AddOptions) -> Draft:
+        config, now = definition.config, self._clock()
         return Draft(
             task_id=task_id,
             name=definition.name,
@@ -451,6 +466,10 @@ class TaskStore:
         if record.result is None:
             return None
         return codec.decode(self._cipher.open(record.result, record.task_id, record.func_name))
+
+
+def tick_id(schedule: str, tick: datetime) -> str:
+    return str(uuid5(TICK_NAMESPACE, f"{schedule}:{to_micros(tick)}"))
 
 
 def start_time(options: AddOptions, now: datetime) -> datetime:

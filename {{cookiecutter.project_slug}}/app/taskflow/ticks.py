@@ -24,7 +24,7 @@ from zoneinfo import ZoneInfo
 from croniter import croniter  # type: ignore[import-untyped]
 
 from .errors import BadSchedule
-from .models import from_micros, to_micros
+from .models import EPOCH, from_micros, to_micros
 
 Misfire = Literal["skip", "once", "all"]
 """What becomes of ticks that were missed: none of them, the newest, or the newest MISFIRE_CAP is made up for."""
@@ -271,7 +271,7 @@ def parsed(text: str) -> Any:
     if any(BY_CHANCE.fullmatch(name) for name in fields):
         raise BadSchedule("cron", text, "H and R stand for numbers on which instances could not agree; write numbers")
     try:
-        found = croniter(text, datetime(2000, 1, 1))
+        found = croniter(text, EPOCH.replace(tzinfo=None))
         found.get_next(datetime)
     except (ValueError, LookupError) as error:
         raise BadSchedule("cron", text, f"is not a cron expression that is ever due ({error})") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -68,9 +69,9 @@ def test_an_interval_never_drifts_and_its_ticks_are_what_it_counts(every: float,
     ticks = [after]
     for _ in range(5):
         ticks.append(trigger.next_tick(ticks[-1]))
-    assert {
-        (later - earlier) // timedelta(microseconds=1) for earlier, later in zip(ticks[1:], ticks[2:], strict=False)
-    } == {trigger.micros}
+    assert {(later - earlier) // timedelta(microseconds=1) for earlier, later in pairwise(ticks[1:])} == {
+        trigger.micros
+    }
     found = trigger.ticks(after, ticks[-1], 3)
     assert (list(found.newest), found.total) == (ticks[-3:], 5)
 
@@ -96,57 +97,69 @@ def test_an_interval_says_what_it_is(every: float | timedelta, text: str) -> Non
     ("cron", "zone", "start", "end", "ticks"),
     [
         # London, spring: 01:00 -> 02:00 on 2026-03-29. A skipped 01:30 is read with the offset before: 02:30 BST.
-        ("30 1 * * *", "Europe/London", "2026-03-28", "2026-03-31", ["03-28 01:30", "03-29 01:30", "03-30 00:30"]),
+        ("30 1 * * *", "Europe/London", "2026-03-28", "2026-03-31", "03-28 01:30, 03-29 01:30, 03-30 00:30"),
         # Autumn: 02:00 -> 01:00 on 2026-10-25. Of the two 01:30 it is the first.
-        ("30 1 * * *", "Europe/London", "2026-10-24", "2026-10-27", ["10-24 00:30", "10-25 00:30", "10-26 01:30"]),
+        ("30 1 * * *", "Europe/London", "2026-10-24", "2026-10-27", "10-24 00:30, 10-25 00:30, 10-26 01:30"),
         # New York, spring: there is no 02:30 on 2026-03-08. It becomes 03:30 of that day.
-        ("30 2 * * *", "America/New_York", "2026-03-07", "2026-03-10", ["03-07 07:30", "03-08 07:30", "03-09 06:30"]),
-        ("30 1 * * *", "America/New_York", "2026-11-01", "2026-11-03", ["11-01 05:30", "11-02 06:30"]),
+        ("30 2 * * *", "America/New_York", "2026-03-07", "2026-03-10", "03-07 07:30, 03-08 07:30, 03-09 06:30"),
+        ("30 1 * * *", "America/New_York", "2026-11-01", "2026-11-03", "11-01 05:30, 11-02 06:30"),
         # Lord Howe moves its clocks by half an hour: 02:00 -> 02:30 on 2026-10-04, 02:00 -> 01:30 on 2026-04-05.
-        ("15 2 * * *", "Australia/Lord_Howe", "2026-10-03", "2026-10-05", ["10-03 15:45", "10-04 15:15"]),
-        ("45 1 * * *", "Australia/Lord_Howe", "2026-04-03 15:00", "2026-04-06", ["04-04 14:45", "04-05 15:15"]),
+        ("15 2 * * *", "Australia/Lord_Howe", "2026-10-03", "2026-10-05", "10-03 15:45, 10-04 15:15"),
+        ("45 1 * * *", "Australia/Lord_Howe", "2026-04-03 15:00", "2026-04-06", "04-04 14:45, 04-05 15:15"),
         # Sao Paulo, 2018-11-04: midnight itself was skipped.
-        ("0 0 * * *", "America/Sao_Paulo", "2018-11-03", "2018-11-06", ["11-03 03:00", "11-04 03:00", "11-05 02:00"]),
+        ("0 0 * * *", "America/Sao_Paulo", "2018-11-03", "2018-11-06", "11-03 03:00, 11-04 03:00, 11-05 02:00"),
         # Havana, 2026-03-08: midnight was skipped; 2026-11-01: 00:30 came twice.
-        ("30 0 * * *", "America/Havana", "2026-03-08", "2026-03-10", ["03-08 05:30", "03-09 04:30"]),
-        ("30 0 * * *", "America/Havana", "2026-11-01", "2026-11-03", ["11-01 04:30", "11-02 05:30"]),
+        ("30 0 * * *", "America/Havana", "2026-03-08", "2026-03-10", "03-08 05:30, 03-09 04:30"),
+        ("30 0 * * *", "America/Havana", "2026-11-01", "2026-11-03", "11-01 04:30, 11-02 05:30"),
         # Apia had no 2011-12-30: what was due on it comes a day later by the calendar, at once with that day's own.
-        ("30 2 * * *", "Pacific/Apia", "2011-12-29", "2012-01-01", ["12-29 12:30", "12-30 12:30", "12-31 12:30"]),
+        ("30 2 * * *", "Pacific/Apia", "2011-12-29", "2012-01-01", "12-29 12:30, 12-30 12:30, 12-31 12:30"),
         # No daylight saving, and an offset of half an hour.
-        ("0 9 * * *", "Asia/Kolkata", "2026-03-28", "2026-03-30", ["03-28 03:30", "03-29 03:30"]),
-        ("0 9 * * *", "UTC", "2026-03-28", "2026-03-30", ["03-28 09:00", "03-29 09:00"]),
+        ("0 9 * * *", "Asia/Kolkata", "2026-03-28", "2026-03-30", "03-28 03:30, 03-29 03:30"),
+        ("0 9 * * *", "UTC", "2026-03-28", "2026-03-30", "03-28 09:00, 03-29 09:00"),
         # Casablanca goes back for Ramadan (2026-02-15, 03:00 -> 02:00) and forward again (2026-03-22, 02:00 -> 03:00).
-        ("30 2 * * *", "Africa/Casablanca", "2026-02-15", "2026-02-17", ["02-15 01:30", "02-16 02:30"]),
-        ("30 2 * * *", "Africa/Casablanca", "2026-03-21 12:00", "2026-03-24", ["03-22 02:30", "03-23 01:30"]),
+        ("30 2 * * *", "Africa/Casablanca", "2026-02-15", "2026-02-17", "02-15 01:30, 02-16 02:30"),
+        ("30 2 * * *", "Africa/Casablanca", "2026-03-21 12:00", "2026-03-24", "03-22 02:30, 03-23 01:30"),
         # Both 02:30, which is skipped, and 03:30 fall on one instant: one tick.
-        ("30 2,3 * * *", "America/New_York", "2026-03-08", "2026-03-09", ["03-08 07:30"]),
+        ("30 2,3 * * *", "America/New_York", "2026-03-08", "2026-03-09", "03-08 07:30"),
         # A skipped time keeps its distance: 02:50 is 03:50, later than 03:10.
-        ("10,50 2,3 * * *", "America/New_York", "2026-03-08", "2026-03-09", ["03-08 07:10", "03-08 07:50"]),
-        ("50 2 * * *", "America/New_York", "2026-03-08 07:10", "2026-03-09", ["03-08 07:50"]),
+        ("10,50 2,3 * * *", "America/New_York", "2026-03-08", "2026-03-09", "03-08 07:10, 03-08 07:50"),
+        ("50 2 * * *", "America/New_York", "2026-03-08 07:10", "2026-03-09", "03-08 07:50"),
         # Every hour follows real time: both passes of 01:00 in autumn, and no 01:00 in spring.
         (
             "0 * * * *",
             "Europe/London",
             "2026-10-24 23:59",
             "2026-10-25 03:00",
-            ["10-25 00:00", "10-25 01:00", "10-25 02:00", "10-25 03:00"],
+            "10-25 00:00, 10-25 01:00, 10-25 02:00, 10-25 03:00",
         ),
-        ("0 * * * *", "Europe/London", "2026-03-29", "2026-03-29 03:00", ["03-29 01:00", "03-29 02:00", "03-29 03:00"]),
-        ("30 0-23 * * *", "America/New_York", "2026-11-01 05:00", "2026-11-01 07:45", ["11-01 05:30", "11-01 06:30", "11-01 07:30"]),
+        ("0 * * * *", "Europe/London", "2026-03-29", "2026-03-29 03:00", "03-29 01:00, 03-29 02:00, 03-29 03:00"),
+        (
+            "30 0-23 * * *",
+            "America/New_York",
+            "2026-11-01 05:00",
+            "2026-11-01 07:45",
+            "11-01 05:30, 11-01 06:30, 11-01 07:30",
+        ),
         # Half past every hour in Lord Howe: 02:00 goes back to 01:30, so half past one comes twice in half an hour.
-        ("30 * * * *", "Australia/Lord_Howe", "2026-04-04 13:30", "2026-04-04 16:30", ["04-04 14:30", "04-04 15:00", "04-04 16:00"]),
+        (
+            "30 * * * *",
+            "Australia/Lord_Howe",
+            "2026-04-04 13:30",
+            "2026-04-04 16:30",
+            "04-04 14:30, 04-04 15:00, 04-04 16:00",
+        ),
         # A day that is far away, with clocks moved in between.
-        ("0 * 1 7 *", "Europe/London", "2026-01-01", "2026-07-01 00:00", ["06-30 23:00", "07-01 00:00"]),
-        ("0 0 29 2 *", "UTC", "2026-01-01", "2032-12-31", ["02-29 00:00", "02-29 00:00"]),
-        ("0 12 L * *", "UTC", "2026-01-01", "2026-03-31", ["01-31 12:00", "02-28 12:00"]),
-        ("0 12 * * 5#2", "UTC", "2026-01-01", "2026-02-28", ["01-09 12:00", "02-13 12:00"]),
-        ("@daily", "UTC", "2026-01-01", "2026-01-03", ["01-02 00:00", "01-03 00:00"]),
+        ("0 * 1 7 *", "Europe/London", "2026-01-01", "2026-07-01 00:00", "06-30 23:00, 07-01 00:00"),
+        ("0 0 29 2 *", "UTC", "2026-01-01", "2032-12-31", "02-29 00:00, 02-29 00:00"),
+        ("0 12 L * *", "UTC", "2026-01-01", "2026-03-31", "01-31 12:00, 02-28 12:00"),
+        ("0 12 * * 5#2", "UTC", "2026-01-01", "2026-02-28", "01-09 12:00, 02-13 12:00"),
+        ("@daily", "UTC", "2026-01-01", "2026-01-03", "01-02 00:00, 01-03 00:00"),
     ],
-)  # fmt: skip
+)
 def test_a_cron_expression_means_what_people_expect_in_its_zone(
-    cron: str, zone: str, start: str, end: str, ticks: list[str]
+    cron: str, zone: str, start: str, end: str, ticks: str
 ) -> None:
-    assert ticks_of(Cron(cron, zone), start, end) == ticks
+    assert ", ".join(ticks_of(Cron(cron, zone), start, end)) == ticks
 
 
 def test_seconds_may_be_given_last() -> None:

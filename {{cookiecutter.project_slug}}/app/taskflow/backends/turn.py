@@ -59,7 +59,8 @@ class TurnWriter:
         next_due = self._stage() if turn.demand else None  # before the arrivals, which must not overtake what is due
         levels = self._ledger.levels()
         room = Room(turn.demand, self._book.queues, levels) if turn.demand else None
-        admitted = self._admit(turn.drafts, room, levels) if turn.drafts else Admitted()
+        arrivals = [*turn.drafts, *self._commands.drafts]
+        admitted = self._admit(arrivals, room, levels) if arrivals else Admitted()
         claimed, more = self._claim(room, rotation) if room else ([], False)
         claimed = [*admitted.started, *claimed]
         if turn.held is not None:
@@ -76,7 +77,7 @@ class TurnWriter:
             moved=self._commands.moved,
             stopping=self._commands.stopping,
             more=more or bool(admitted.existing),  # they may have held slots that others wait for
-            next_due=self._earliest(next_due) if turn.demand else None,
+            next_due=self._earliest(arrivals, next_due) if turn.demand else None,
             queues=self._queues_now(),
         )
 
@@ -216,6 +217,8 @@ class TurnWriter:
             draft.key,
             draft.retry_of,
             draft.trace,
+            draft.schedule,
+            draft.run_key,
         )
 
     def _rearm(self, drafts: Sequence[Draft], status: Mapping[str, str]) -> set[str]:
@@ -230,7 +233,12 @@ class TurnWriter:
             if status[row.task_id] == TaskStatus.REJECTED:
                 refused.add(row.task_id)
             else:
-                said = {"arguments": draft.arguments, "priority": draft.priority, "trace": draft.trace}
+                said = {
+                    "arguments": draft.arguments,
+                    "priority": draft.priority,
+                    "trace": draft.trace,
+                    "run_key": draft.run_key,
+                }
                 self._commands.requeue(
                     row, draft.max_attempts, None, draft.run_at, tags=dumps_object(draft.tags), **said
                 )
@@ -247,9 +255,9 @@ class TurnWriter:
             due = self._sql.next_due.run(self._cursor).fetchone()
         return None if due is None else from_micros(due[0])
 
-    def _earliest(self, next_due: datetime | None) -> datetime | None:
+    def _earliest(self, arrivals: Sequence[Draft], next_due: datetime | None) -> datetime | None:
         """With what arrived after the look at what is due."""
-        later = [draft.run_at for draft in self._turn.drafts if draft.run_at > self._turn.now]
+        later = [draft.run_at for draft in arrivals if draft.run_at > self._turn.now]
         return min([*later, next_due] if next_due else later, default=None)
 
     def _claim(self, room: Room, rotation: int) -> tuple[list[Claimed], bool]:
