@@ -1,4 +1,4 @@
-"""When schedules are due, as tables; and a year in several zones against an oracle that looks at the clocks all along."""
+"""When schedules are due, as tables; and a year in several zones against an oracle that watches the clocks."""
 
 from __future__ import annotations
 

@@ -197,9 +197,10 @@ rank = func.coalesce(task.c.priority, literal_column("0"))
 """What the claim sorts by. The zero is a literal: an index on an expression is only used for the same expression."""
 
 
-WAITING = "status IN ('pending', 'delayed')"
-LIVE = "status IN ('pending', 'delayed', 'running')"
-"""Conditions of partial indexes. A statement that shows the same words is answered from them."""
+WAITING = "status || '' IN ('pending', 'delayed')"
+LIVE = "status || '' IN ('pending', 'delayed', 'running')"
+"""Conditions of partial indexes; a statement that shows the same words is answered from them. The status is compared as
+an expression, because SQLite would otherwise prefer the index of all statuses."""
 
 
 def _where(condition: str) -> dict[str, Any]:
