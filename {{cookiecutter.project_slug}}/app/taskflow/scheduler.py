@@ -45,12 +45,13 @@ class Entry:
     schedule: Schedule
     last_tick: datetime
     """As it was stored when we last heard of it."""
-    look_at: datetime
-    """When there may be something to fire."""
+    start: datetime
+    """Ticks after this are open: the last tick, or where a clock that went back began anew."""
 
-    def start(self, now: datetime) -> datetime:
-        """The time after which ticks are open."""
-        return self.last_tick if self.last_tick <= now + SKEW else now
+    def begin(self, now: datetime) -> datetime:
+        """Opens the ticks after the last one. Returns the next."""
+        self.start = self.last_tick if self.last_tick <= now + SKEW else now
+        return self.schedule.trigger.next_tick(self.start)
 
 
 class PeriodicScheduler:
@@ -64,7 +65,8 @@ class PeriodicScheduler:
         self._wake = asyncio.Event()
         self._entries: dict[str, Entry] = {}
         self._order: list[tuple[datetime, str]] = []
-        """A heap of (look_at, name), of every entry."""
+        """A heap of (look_at, name), of every entry but those that are being fired."""
+        self._firing = False
         self._seen: datetime | None = None
         """The clock at the last look."""
         self._failures = 0
@@ -77,7 +79,7 @@ class PeriodicScheduler:
         """Begins after `introduced`: what an unknown instance fires and runs could not be rescued."""
         self._fires, self._introduced = fires, introduced
         self._wake, self.declared = asyncio.Event(), asyncio.Event()
-        self._entries, self._order, self._seen, self._failures = {}, [], None, 0
+        self._entries, self._order, self._seen, self._failures, self._firing = {}, [], None, 0, False
         self._loop.start()
 
     async def stop(self) -> None:
@@ -96,7 +98,9 @@ class PeriodicScheduler:
 
     @property
     def behind(self) -> bool:
-        """Whether something is due that was not fired yet."""
+        """Whether a schedule is not known to the database yet, or is due and its firing is not settled."""
+        if self._firing or self._unknown():
+            return True
         return self.next_look is not None and self.next_look <= self._clock()
 
     # -- the loop
@@ -115,12 +119,14 @@ class PeriodicScheduler:
             self._failures = 0
 
     async def _declare(self) -> None:
-        unknown = [schedule for schedule in self._schedules if schedule.name not in self._entries]
-        if unknown:
+        if unknown := self._unknown():
             answer = await self._journal.obey(DeclareSchedules([self._declaration(schedule) for schedule in unknown]))
             for schedule in unknown:
                 self._remember(schedule, answer.marks[schedule.name])
         self.declared.set()
+
+    def _unknown(self) -> Sequence[Schedule]:
+        return [schedule for schedule in self._schedules if schedule.name not in self._entries]
 
     def _declaration(self, schedule: Schedule) -> DeclaredSchedule:
         declared = self._schedules.declaration(schedule)
@@ -131,18 +137,18 @@ class PeriodicScheduler:
         )
 
     def _remember(self, schedule: Schedule, mark: Mark) -> None:
-        entry = Entry(schedule, mark.last_tick, mark.last_tick)
-        self._entries[schedule.name] = entry
+        self._entries[schedule.name] = entry = Entry(schedule, mark.last_tick, mark.last_tick)
         self._learn(entry, mark)
 
     def _learn(self, entry: Entry, mark: Mark) -> None:
-        """What the database says of a schedule decides when it is looked at next."""
+        """What the database says of a schedule decides when it is looked at next. A paused one is looked at with each
+        of its ticks: it may have been resumed elsewhere."""
         now = self._clock()
         entry.last_tick = mark.last_tick
-        self._look_again(entry, entry.schedule.trigger.next_tick(now if mark.paused else entry.start(now)))
+        tick = entry.begin(now)
+        self._look_again(entry, max(tick, entry.schedule.trigger.next_tick(now)) if mark.paused else tick)
 
     def _look_again(self, entry: Entry, at: datetime) -> None:
-        entry.look_at = at
         heappush(self._order, (at, entry.schedule.name))
 
     async def _until_due(self) -> None:
@@ -163,9 +169,7 @@ class PeriodicScheduler:
         """A clock that was put back makes every memory of a next look too late."""
         now = self._clock()
         if self._seen is not None and now < self._seen:
-            for entry in self._entries.values():
-                entry.look_at = entry.schedule.trigger.next_tick(entry.start(now))
-            self._order = [(entry.look_at, name) for name, entry in self._entries.items()]
+            self._order = [(entry.begin(now), name) for name, entry in self._entries.items()]
             heapify(self._order)
         self._seen = now
 
@@ -173,14 +177,17 @@ class PeriodicScheduler:
 
     async def _fire_due(self) -> None:
         while firings := self._collect():
+            self._firing = True
             try:
                 answer = await self._journal.obey(Fire(firings))
+                for firing in firings:
+                    self._settle(firing, answer.marks.get(firing.schedule))
             except BaseException:
                 for firing in firings:  # still due: the next try asks again what is owed by then
                     self._look_again(self._entries[firing.schedule], firing.until)
                 raise
-            for firing in firings:
-                self._settle(firing, answer.marks.get(firing.schedule))
+            finally:
+                self._firing = False
 
     def _collect(self) -> Sequence[Firing]:
         """What some of the schedules owe that are to be looked at now."""
@@ -199,17 +206,16 @@ class PeriodicScheduler:
         not keep the others from being fired."""
         trigger, now = entry.schedule.trigger, self._clock()
         try:
-            start = entry.start(now)
-            due = due_ticks(trigger, start, now, entry.schedule.plan.misfire)
+            due = due_ticks(trigger, entry.start, now, entry.schedule.plan.misfire)
             if due.handled is not None:
-                return self._firing(entry, start, due, due.handled)
-            self._look_again(entry, trigger.next_tick(start))
+                return self._owing(entry, due, due.handled)
+            self._look_again(entry, trigger.next_tick(entry.start))
         except Exception:
             logger.exception("schedule %s cannot be fired; it is tried again", entry.schedule.name)
             self._look_again(entry, now + BROKEN_PAUSE)
         return None
 
-    def _firing(self, entry: Entry, start: datetime, due: Due, handled: datetime) -> Firing:
+    def _owing(self, entry: Entry, due: Due, handled: datetime) -> Firing:
         schedule, plan = entry.schedule, entry.schedule.plan
         return Firing(
             schedule=schedule.name,
@@ -218,7 +224,7 @@ class PeriodicScheduler:
             next_tick=plan.trigger.next_tick(handled),
             drafts=[self._schedules.draft(schedule, tick) for tick in due.ticks],
             overlap=plan.overlap,
-            missed=missed_words(due.missed, start, handled, plan.misfire) if due.missed else None,
+            missed=missed_words(due.missed, entry.start, handled, plan.misfire) if due.missed else None,
         )
 
     def _settle(self, firing: Firing, mark: Mark | None) -> None:

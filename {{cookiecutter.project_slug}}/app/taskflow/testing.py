@@ -55,6 +55,7 @@ async def advance(manager: TaskManager, seconds: float) -> None:
     A leap, as after a downtime, is `manager.clock.advance(seconds)` and `drain`: then `misfire` decides.
     """
     manager.clock.advance(0)  # refuses a clock that is not frozen
+    await drain(manager)
     end = manager.clock() + timedelta(seconds=seconds)
     while (tick := manager.scheduler.next_look) is not None and tick <= end:
         manager.clock.freeze(max(tick, manager.clock()))
