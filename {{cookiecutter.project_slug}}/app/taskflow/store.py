@@ -81,6 +81,9 @@ class AddOptions:
     traceparent: str | None = None
 
 
+NO_OPTIONS = AddOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class Retried:
     """What a retry of many did: old id -> new id (the same one, where a retry replaces the original)."""
@@ -146,10 +149,17 @@ class TaskStore:
         difference from tick to start is how late it was.
         """
         task_id = self._new_id(schedule, None) if tick is None else tick_id(schedule, tick)
-        draft = self._describe(self._registry.named(schedule), task_id, arguments, AddOptions())
-        return replace(draft, source="scheduled", schedule=schedule, run_at=tick or draft.run_at)
+        return self._describe(self._registry.named(schedule), task_id, arguments, NO_OPTIONS, schedule, tick)
 
-    def _describe(self, definition: TaskDefinition, task_id: str, arguments: str, options: AddOptions) -> Draft:
+    def _describe(
+        self,
+        definition: TaskDefinition,
+        task_id: str,
+        arguments: str,
+        options: AddOptions,
+        schedule: str | None = None,
+        tick: datetime | None = None,
+    ) -> Draft:
         config, now = definition.config, self._clock()
         return Draft(
             task_id=task_id,
@@ -159,10 +169,12 @@ class TaskStore:
             executor=definition.executor,
             max_attempts=definition.max_attempts,
             created_at=now,
-            run_at=start_time(options, now),
+            run_at=tick or start_time(options, now),
             arguments=self._cipher.seal(arguments, task_id, definition.name),
             tags=checked_tags(config.tags, options.tags),
             requeue=config.requeue_on_interrupt,
+            source="manual" if schedule is None else "scheduled",
+            schedule=schedule,
             key=options.idempotency_key,
             trace=current_traceparent(options.traceparent),
         )

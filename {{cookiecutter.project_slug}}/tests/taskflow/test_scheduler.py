@@ -154,7 +154,7 @@ async def test_two_instances_on_one_database_fire_every_tick_once(start_manager:
 
 
 async def test_in_real_time_two_busy_instances_miss_no_second(start_manager: StartManager) -> None:
-    """`python -m benchmarks.schedules` shows the same for minutes."""
+    """The template's `python -m benchmarks.ticks` shows the same for minutes."""
 
     def define(manager: TaskManager) -> None:
         every(0.5)(manager)
