@@ -65,7 +65,7 @@ class PeriodicScheduler:
         self._wake = asyncio.Event()
         self._entries: dict[str, Entry] = {}
         self._order: list[tuple[datetime, str]] = []
-        """A heap of (look_at, name), of every entry but those that are being fired."""
+        """A heap of (when to look at it, name), of every entry but those that are being fired."""
         self._firing = False
         self._seen: datetime | None = None
         """The clock at the last look."""
@@ -143,10 +143,18 @@ class PeriodicScheduler:
     def _learn(self, entry: Entry, mark: Mark) -> None:
         """What the database says of a schedule decides when it is looked at next. A paused one is looked at with each
         of its ticks: it may have been resumed elsewhere."""
-        now = self._clock()
         entry.last_tick = mark.last_tick
-        tick = entry.begin(now)
-        self._look_again(entry, max(tick, entry.schedule.trigger.next_tick(now)) if mark.paused else tick)
+        self._look_again(entry, self._next_look(entry, paused=mark.paused))
+
+    def _next_look(self, entry: Entry, *, paused: bool = False) -> datetime:
+        """One schedule that is broken must not keep the others from being fired."""
+        now = self._clock()
+        try:
+            tick = entry.begin(now)
+            return max(tick, entry.schedule.trigger.next_tick(now)) if paused else tick
+        except Exception:
+            logger.exception("schedule %s: its next tick cannot be told; it is tried again", entry.schedule.name)
+            return now + BROKEN_PAUSE
 
     def _look_again(self, entry: Entry, at: datetime) -> None:
         heappush(self._order, (at, entry.schedule.name))
@@ -169,7 +177,7 @@ class PeriodicScheduler:
         """A clock that was put back makes every memory of a next look too late."""
         now = self._clock()
         if self._seen is not None and now < self._seen:
-            self._order = [(entry.begin(now), name) for name, entry in self._entries.items()]
+            self._order = [(self._next_look(entry), name) for name, entry in self._entries.items()]
             heapify(self._order)
         self._seen = now
 
@@ -180,12 +188,13 @@ class PeriodicScheduler:
             self._firing = True
             try:
                 answer = await self._journal.obey(Fire(firings))
-                for firing in firings:
-                    self._settle(firing, answer.marks.get(firing.schedule))
             except BaseException:
                 for firing in firings:  # still due: the next try asks again what is owed by then
                     self._look_again(self._entries[firing.schedule], firing.until)
                 raise
+            else:
+                for firing in firings:
+                    self._settle(firing, answer.marks.get(firing.schedule))
             finally:
                 self._firing = False
 
@@ -202,8 +211,7 @@ class PeriodicScheduler:
         return firings
 
     def _owed(self, entry: Entry) -> Firing | None:
-        """What to fire of one schedule; when there is nothing, it is looked at again later. One that is broken must
-        not keep the others from being fired."""
+        """What to fire of one schedule; when there is nothing, or it is broken, it is looked at again later."""
         trigger, now = entry.schedule.trigger, self._clock()
         try:
             due = due_ticks(trigger, entry.start, now, entry.schedule.plan.misfire)

@@ -43,7 +43,7 @@ class Timetable:
         known = {row.name: row for row in self._connection.execute(sa.select(schedule)).all()}
         new = [self._new_row(item) for item in declared if item.name not in known]
         if new:
-            self._connection.execute(schedule.insert(), new)
+            self._connection.execute(self._sql.insert(schedule).on_conflict_do_nothing(), new)
         for item in declared:
             if item.name in known:
                 self._redeclare(item, known[item.name])
