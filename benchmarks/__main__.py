@@ -25,9 +25,10 @@ from .load import post_repeatedly
 ROOT = Path(__file__).parent.parent
 PROJECT = ROOT / "{{cookiecutter.project_slug}}"
 RIVALS = ROOT / "build" / "rivals"
-"""Where fastapi-taskflow is installed for the comparison; nothing of ours depends on it."""
-RIVAL_PACKAGES = ["fastapi-taskflow==0.12.1"]
+"""Where the others are installed for the comparison; nothing of ours depends on them."""
+RIVAL_PACKAGES = ["fastapi-taskflow==0.12.1", "apscheduler==3.11.3", "tzlocal==5.4.5"]
 CONTESTANTS = ["ours", "pypi", "plain"]
+SCHEDULERS = ["ours", "apscheduler", "apscheduler_memory"]
 
 Result = Mapping[str, float]
 
@@ -37,10 +38,12 @@ def environment() -> dict[str, str]:
 
 
 def install_rivals() -> None:
-    if not RIVALS.exists():
+    listed = RIVALS / "packages.txt"
+    if not listed.exists() or listed.read_text().split() != RIVAL_PACKAGES:
         uv = ROOT / ".venv" / "bin" / "uv"
         command = [str(uv) if uv.exists() else "uv", "pip", "install", "--quiet", "--no-deps", "--target", str(RIVALS)]
         subprocess.run([*command, *RIVAL_PACKAGES], check=True)
+        listed.write_text("\n".join(RIVAL_PACKAGES))
 
 
 def child(contestant: str, *arguments: str) -> Result:
@@ -88,6 +91,7 @@ COMPARISONS: dict[str, tuple[str, Callable[[str], Result]]] = {
     "async": ("20,000 async no-op tasks, end to end", lambda name: child(name, "throughput", "async", "20000")),
     "sync": ("20,000 sync no-op tasks, end to end", lambda name: child(name, "throughput", "sync", "20000")),
     "signup": ("POST /signup, 32 connections", signup),
+    "schedules": ("1,000 schedules of one second, for 20 seconds", lambda name: child(name, "schedules", "1000", "20")),
     "memory": ("memory growth per 100,000 finished tasks", lambda name: child(name, "memory", "100000")),
 }
 
@@ -109,14 +113,14 @@ def show(title: str, samples: Mapping[str, list[Result]]) -> None:
     print(f"\n{title}")
     for name, results in samples.items():
         cells = [f"{key} {median(result[key] for result in results):>10,.2f}" for key in results[0]]
-        print(f"  {name:<14} " + "   ".join(cells), flush=True)
+        print(f"  {name:<18} " + "   ".join(cells), flush=True)
 
 
 def compare(name: str, rounds: int) -> None:
     title, measure = COMPARISONS[name]
     samples: defaultdict[str, list[Result]] = defaultdict(list)
     for _ in range(1 if name == "memory" else rounds):
-        for contestant in CONTESTANTS:
+        for contestant in SCHEDULERS if name == "schedules" else CONTESTANTS:
             samples[contestant].append(measure(contestant))
     show(title, samples)
 

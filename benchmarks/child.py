@@ -12,7 +12,8 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from time import perf_counter
+from statistics import mean, quantiles
+from time import perf_counter, process_time
 from typing import Any
 
 REQUESTS_AT_ONCE = 100
@@ -48,6 +49,23 @@ async def memory(contestant: Any, database: str, total: int) -> dict[str, float]
         return {"megabytes_per_100k": (resident_megabytes() - before) / total * 100_000}
 
 
+async def schedules(contestant: Any, database: str, count: int, seconds: float) -> dict[str, float]:
+    """How late the ticks of so many schedules of one second are, and what they cost."""
+    async with contestant.schedules(database, count) as lateness:
+        await asyncio.sleep(2.5)
+        before, cpu, began = len(await lateness.read()), process_time(), perf_counter()
+        await asyncio.sleep(seconds)
+        share = (process_time() - cpu) / (perf_counter() - began)
+        late = await lateness.read()
+    cuts = quantiles(late, n=100)
+    return {
+        "ticks_fired_percent": (len(late) - before) / (count * seconds) * 100,
+        "mean_ms": mean(late) * 1_000,
+        "p99_ms": cuts[98] * 1_000,
+        "cpu_percent": share * 100,
+    }
+
+
 def resident_megabytes() -> float:
     gc.collect()
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -73,6 +91,8 @@ def main() -> None:
                 result = asyncio.run(throughput(load(name), database, rest[0], int(rest[1])))
             case "memory":
                 result = asyncio.run(memory(load(name), database, int(rest[0])))
+            case "schedules":
+                result = asyncio.run(schedules(load(name), database, int(rest[0]), float(rest[1])))
             case "path":
                 result = {"tasks_per_second": asyncio.run(paths().path(rest[0], database))}
             case "history":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from app.taskflow import TaskAdmin, TaskManager
+from app.taskflow import TaskAdmin, TaskManager, get_task_context
+from app.taskflow.models import Cursor, TaskFilter
 from fastapi import BackgroundTasks, FastAPI
 from starlette.requests import HTTPConnection
 
@@ -43,6 +45,45 @@ async def session(database: str) -> AsyncIterator[Session]:
     running = Session(database)
     async with running.manager.lifespan():
         yield running
+
+
+class Lateness:
+    """Seconds from tick to execution of every run."""
+
+    def __init__(self, manager: TaskManager) -> None:
+        self.manager = manager
+        self.executed: dict[str, float] = {}
+
+    async def noop(self) -> None:
+        context = get_task_context()
+        assert context is not None
+        self.executed[context.task_id] = time.time()
+
+    async def read(self) -> list[float]:
+        found: list[float] = []
+        cursor: Cursor | None = None
+        while True:
+            page = await self.manager.store.page(TaskFilter(source="scheduled"), cursor, 500)
+            for task in page.tasks:
+                if task.task_id in self.executed:
+                    found.append(self.executed[task.task_id] - task.run_at.timestamp())
+            if (cursor := page.older) is None:
+                return found
+
+
+@asynccontextmanager
+async def schedules(database: str, count: int) -> AsyncIterator[Lateness]:
+    """So many schedules of one second."""
+    manager = TaskManager(snapshot_db=database)
+    lateness = Lateness(manager)
+
+    async def noop() -> None:
+        await lateness.noop()
+
+    for number in range(count):
+        manager.schedule(every=1, name=str(number))(noop)
+    async with manager.lifespan():
+        yield lateness
 
 
 def make_app(database: str) -> FastAPI:

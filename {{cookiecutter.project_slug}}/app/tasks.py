@@ -28,3 +28,9 @@ async def process_webhook(payload: dict[str, Any]) -> int:
     """What a task returns is stored with it."""
     task_log("received", keys=sorted(payload))
     return len(payload)
+
+
+@task_manager.schedule(cron="0 3 * * *", timezone="Europe/London")
+def send_digest() -> None:
+    """Every night at three by London's clocks, once for all instances."""
+    task_log("sending the digest")

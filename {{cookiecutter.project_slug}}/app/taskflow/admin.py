@@ -24,6 +24,7 @@ from .web.login import login_router
 from .web.operations import operations_router
 from .web.pages import pages_router
 from .web.route import LARGEST_BODY
+from .web.schedules import schedules_router
 from .web.site import Site
 from .web.stream import Feed, stream_router
 from .web.visits import Visits
@@ -106,7 +107,7 @@ def web_router(site: Site, gate: Gate) -> APIRouter:
     router.include_router(login_router(site, gate, renderer), prefix=site.path)
     router.include_router(stream_router(feed), prefix=site.path, dependencies=session)
     router.include_router(pages_router(site, feed, renderer), prefix=site.path, dependencies=session)
-    for api in (operations_router(site), api_router(site)):
+    for api in (operations_router(site), schedules_router(site), api_router(site)):
         router.include_router(
             api, prefix=site.path, dependencies=session, tags=[site.title], max_body_size=LARGEST_BODY
         )

@@ -84,6 +84,22 @@ class BackendUnavailable(TaskflowError):
         super().__init__(f"the task backend is unavailable: {reason}")
 
 
+class BadSchedule(TaskflowError, ValueError):
+    """A schedule that cannot be: refused where it is written."""
+
+    def __init__(self, option: str, value: object, rule: str) -> None:
+        self.option, self.value, self.rule = option, value, rule
+        super().__init__(f"{option}={_shorten(value)}: {rule}")
+
+
+class ScheduleNotFound(TaskflowError):
+    """No schedule has this name. Answered as 404."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"no schedule is named {name!r}")
+
+
 class TaskFailed(TaskflowError):
     """`result()` of a task that ended in anything but success."""
 

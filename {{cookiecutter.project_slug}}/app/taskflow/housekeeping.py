@@ -22,7 +22,7 @@ from .dispatcher import Dispatcher
 from .errors import BackendUnavailable
 from .journal import Journal
 from .loops import Loop
-from .models import QueueConfig, TaskFilter, TaskStatus
+from .models import Cursor, QueueConfig, TaskFilter, TaskStatus
 from .store import TaskStore
 
 logger = logging.getLogger("taskflow")
@@ -227,8 +227,13 @@ class Housekeeping:
             return
         # Not what this process has accepted while it waited for its database.
         pending = TaskFilter(statuses=(TaskStatus.PENDING,), until=self._me.started - timedelta(microseconds=1))
-        while tasks := (await self._store.page(pending, None, 500)).tasks:
-            await asyncio.gather(*(self._journal.obey(Cancel(task.task_id, None)) for task in tasks))
+        cursor: Cursor | None = None
+        while True:
+            page = await self._store.page(pending, cursor, 500)
+            dropped = [task.task_id for task in page.tasks if task.run_key is None]  # a one-off is an appointment
+            await asyncio.gather(*(self._journal.obey(Cancel(task_id, None)) for task_id in dropped))
+            if (cursor := page.older) is None:
+                return
 
     async def _retention_round(self) -> None:
         await asyncio.sleep(RETENTION_INTERVAL)

@@ -185,11 +185,14 @@ class Journal:
         """The database is away, or has been busy with one turn for too long. Otherwise callers wait their turn."""
         return bool(self._failures) or monotonic() - self._turn_began > ACCEPT_TIMEOUT
 
-    async def obey(self, command: Command) -> Answer:
-        """What the command found and did, once that is committed. Raises BackendUnavailable like `accept`."""
+    async def obey(self, command: Command, drafts: Sequence[Draft] = ()) -> Answer:
+        """What the command found and did, once that is committed, and with it the drafts that belong to it.
+
+        Raises BackendUnavailable and QueueFullError like `accept`.
+        """
         if self._event_loop is None:
             raise BackendUnavailable("the task manager was not started")
-        answer = await self._submit(Waiting(monotonic() + ACCEPT_TIMEOUT, command=command))
+        answer = await self._submit(Waiting(monotonic() + ACCEPT_TIMEOUT, drafts, command))
         assert isinstance(answer, Answer)
         return answer
 
@@ -347,7 +350,8 @@ class Journal:
         self._answered.set()
         answers = iter(result.answers)
         for waiting in batch.waiting:
-            settle(waiting, next(answers) if waiting.command is not None else verdict(waiting.drafts, result))
+            answer = next(answers) if waiting.command is not None else None
+            settle(waiting, verdict(waiting.drafts, result) or answer)
         if self._worker is not None:
             self._worker.turned(batch.finishes, result)
         if batch.logs:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 import uuid_utils
 from fastapi import FastAPI
@@ -32,12 +32,15 @@ from .host import install_error_handlers, join_lifespan
 from .housekeeping import LEASE_SECONDS, Housekeeping, introduce
 from .journal import Journal
 from .loggers import FileLogger
-from .models import DEFAULT_QUEUE, ExecutorKind, QueueConfig, RetryOn, TaskConfig
+from .models import DEFAULT_QUEUE, ExecutorKind, QueueConfig, RetryOn, ScheduledOnce, TaskConfig, TaskOptions
 from .observers import ObserverChain
 from .processes import ProcessExecutor, refuse_in_starting_worker
 from .registry import TaskRegistry
 from .runner import Runner
+from .scheduler import PeriodicScheduler
+from .schedules import Plan, Schedules
 from .store import AddOptions, TaskStore
+from .ticks import Misfire, checked_misfire, make_trigger
 from .transactions import enlist
 
 if TYPE_CHECKING:
@@ -115,6 +118,8 @@ class TaskManager:
             queues=self.queues,
             retry_replaces_original=retry_replaces_original,
         )
+        self.schedules = Schedules(self.registry, self.backend, self.journal, self.store, clock=clock)
+        self.scheduler = PeriodicScheduler(self.schedules, self.journal, clock=clock)
         observers = list(loggers or ())
         if log_file is not None:
             observers.append(
@@ -195,14 +200,14 @@ class TaskManager:
 
         Raises ValueError or TaskflowError where an option cannot be.
         """
-        config = TaskConfig(
+        config = task_config(
             name=name,
             retries=retries,
             delay=delay,
             backoff=backoff,
             max_delay=max_delay,
             jitter=jitter,
-            retry_on=(retry_on,) if isinstance(retry_on, type) else retry_on,
+            retry_on=retry_on,
             timeout=timeout,
             queue=queue,
             priority=priority,
@@ -210,7 +215,7 @@ class TaskManager:
             eager=eager,
             persist=persist,
             requeue_on_interrupt=requeue_on_interrupt,
-            tags=dict(tags or {}),
+            tags=tags,
         )
 
         def register(function: F) -> F:
@@ -218,6 +223,39 @@ class TaskManager:
             return function
 
         return register if function is None else register(function)
+
+    def schedule(
+        self,
+        *,
+        every: float | timedelta | None = None,
+        cron: str | None = None,
+        timezone: str = "UTC",
+        run_on_startup: bool = False,
+        overlap: bool = True,
+        misfire: Misfire = "once",
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> Callable[[F], F]:
+        """Runs a function every so many seconds, or when a cron expression says so in a time zone.
+
+        The function is a task, too: `options` are those of `task`; without any, a function that is a task keeps its
+        own. `overlap=False` skips a tick while one of its tasks waits or runs. `misfire` says what becomes of ticks
+        that were missed: "skip", "once" makes up for the newest, "all" for the newest hundred.
+
+        Raises ValueError or TaskflowError where the schedule or an option cannot be, TaskArgumentError where the
+        arguments do not fit the function.
+        """
+        trigger = make_trigger(every, cron, timezone)
+        plan = Plan(trigger, timezone, overlap, checked_misfire(misfire), run_on_startup, args, kwargs)
+        name = options.get("name")
+        config = task_config(**options) if options.keys() - {"name"} else None
+
+        def register(function: F) -> F:
+            self.schedules.add(function, plan, config, name)
+            return function
+
+        return register
 
     # -- outside a request
 
@@ -247,6 +285,34 @@ class TaskManager:
             turn = Turn(now=self.clock(), instance=self.instance_id, drafts=[draft])
             await enlist(self.backend, session, turn, committed=self.journal.wake)
         return draft.task_id
+
+    async def schedule_once(
+        self,
+        func: Callable[..., Any],
+        *args: Any,
+        run_at: datetime,
+        run_key: str,
+        idempotency_key: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        priority: int | None = None,
+        queue: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Stores a task for one moment and returns its id. It replaces whatever waits under the same `run_key`, on any
+        instance: that is how a deadline is moved.
+
+        Raises TaskArgumentError, QueueFullError or BackendUnavailable, and TaskflowError for a time without zone.
+        """
+        options = AddOptions(idempotency_key, tags, priority, queue, None, run_at)
+        return await self.schedules.once(func, args, kwargs, run_key, options)
+
+    async def cancel_scheduled(self, run_key: str) -> bool:
+        """Whether a one-off waited under that key; it will not run."""
+        return await self.schedules.cancel_once(run_key)
+
+    async def list_scheduled(self, before: datetime | None = None) -> list[ScheduledOnce]:
+        """The one-offs that wait, soonest first; those due before a time, where it is given."""
+        return await self.schedules.all_one_offs(before)
 
     async def result(self, task_id: str, timeout: float | None = None) -> Any:
         """What the task returned, once it has. Raises TaskFailed, TimeoutError, TaskNotFound."""
@@ -290,9 +356,10 @@ class TaskManager:
         self.observers.start()
         self.journal.start()
         self._housekeeping.start()
+        self.scheduler.start(self._housekeeping.introduced, fires=self.runs_tasks)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_TIMEOUT):
-                await self._housekeeping.introduced.wait()
+                await self.scheduler.declared.wait()
 
     def unready(self) -> str | None:
         """Why this process should get no traffic now; None when it should."""
@@ -312,6 +379,7 @@ class TaskManager:
             return
         housekeeping, self._housekeeping = self._housekeeping, None
         deadline = monotonic() + self.shutdown_timeout
+        await self.scheduler.stop()
         await housekeeping.stop()
         await self.dispatcher.drain(deadline)
         await self.journal.flush(monotonic() + LAST_WRITES)
@@ -319,6 +387,14 @@ class TaskManager:
         await self.journal.stop()
         await self.observers.stop()
         await self.dispatcher.wait_closed()
+
+
+def task_config(**options: Unpack[TaskOptions]) -> TaskConfig:
+    """The settings of a task as its decorator gives them. Raises ValueError where one cannot be."""
+    given: dict[str, Any] = {**options, "tags": dict(options.get("tags") or {})}
+    if isinstance(retry_on := options.get("retry_on"), type):
+        given["retry_on"] = (retry_on,)
+    return TaskConfig(**given)
 
 
 def declared_queues(queues: Mapping[str, QueueConfig] | None, max_size: int | None) -> dict[str, QueueConfig]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DEFAULT_QUEUE = "default"
@@ -82,6 +82,7 @@ class EventKind(StrEnum):
     CANCELLED = "cancelled"  # PENDING or RUNNING -> CANCELLED
     INTERRUPTED = "interrupted"  # RUNNING -> INTERRUPTED
     RESCUED = "rescued"  # RUNNING -> PENDING: its process went away and the task may be started again
+    MOVED = "moved"  # PENDING stays: a one-off with an idempotency key was given another time
     REQUEUED = "requeued"  # a terminal status -> PENDING, by an operator
     COPIED = "copied"  # no transition: an operator's retry made a new task of it
     LEASE_LOST = "lease_lost"  # no transition: a result that came too late was refused
@@ -90,6 +91,11 @@ class EventKind(StrEnum):
     RESUME_QUEUE = "resume_queue"
     BULK_RETRY = "bulk_retry"  # of many tasks, by an operator
     DELETE_HISTORY = "delete_history"
+    TICK_SKIPPED = "tick_skipped"  # of a schedule: a tick, or several that were missed, made no task
+    RUN_SCHEDULE = "run_schedule"  # of a schedule, by an operator
+    PAUSE_SCHEDULE = "pause_schedule"
+    RESUME_SCHEDULE = "resume_schedule"
+    CANCEL_SCHEDULED = "cancel_scheduled"  # of a one-off, by an operator
     LOGIN = "login"  # of no task: people who come and go
     LOGIN_FAILED = "login_failed"
     LOGOUT = "logout"
@@ -141,6 +147,26 @@ class TaskConfig:
             self.priority,
             "None or a 32-bit integer",
         )
+
+
+class TaskOptions(TypedDict, total=False):
+    """The settings of `TaskConfig` as the decorators take them."""
+
+    name: str | None
+    retries: int
+    delay: float
+    backoff: float
+    max_delay: float | None
+    jitter: bool
+    retry_on: RetryOn | type[BaseException] | None
+    timeout: float | None
+    queue: str | None
+    priority: int | None
+    executor: ExecutorKind | None
+    eager: bool
+    persist: bool
+    requeue_on_interrupt: bool
+    tags: Mapping[str, str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +228,10 @@ class TaskRecord:
     idempotency_key: str | None
     cancel_requested: bool
     retry_of: str | None
+    schedule: str | None = None
+    """The schedule of which it is a run."""
+    run_key: str | None = None
+    """The replaceable key of a one-off."""
 
     @property
     def duration(self) -> float | None:
@@ -255,6 +285,7 @@ class TaskFilter:
     func_name: str | None = None
     queue: str | None = None
     source: str | None = None
+    schedule: str | None = None
     tags: tuple[tuple[str, str], ...] = ()
     since: datetime | None = None
     until: datetime | None = None
@@ -319,6 +350,30 @@ class InstanceRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ScheduleState:
+    """A schedule as it stands in the database: what the code last said about it, and how far it has come."""
+
+    name: str
+    func_name: str
+    trigger: str
+    """As people read it: the cron expression, or `every 60 s`."""
+    timezone: str
+    overlap: bool
+    misfire: str
+    paused: bool
+    reason: str | None
+    """Why it is paused, as the operator said."""
+    last_tick: datetime
+    """The newest tick that was fired, skipped or dropped; for a new schedule, when it became known."""
+    next_tick: datetime | None
+    last_run: datetime | None
+    """The tick of its last task, or when an operator ran it."""
+    last_task_id: str | None
+    last_status: TaskStatus | None
+    """None before the first run, and once its task was deleted."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScheduledOnce:
     """A one-off task that waits for its time under a replaceable key."""
 
@@ -330,6 +385,11 @@ class ScheduledOnce:
     priority: int | None
     tags: Mapping[str, str]
     created_at: datetime
+
+
+def schedule_subject(name: str) -> str:
+    """What stands for a task's id in events that are about a schedule."""
+    return f"schedule:{name}"
 
 
 def is_retry_policy(policy: object) -> bool:

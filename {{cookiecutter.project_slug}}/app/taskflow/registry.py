@@ -103,8 +103,12 @@ class TaskRegistry:
         self.executors: dict[str, str] = {}
         """Task name -> executor kind: what a claim needs to know."""
 
-    def add(self, function: TaskFunction, config: TaskConfig) -> TaskDefinition:
-        """Registers a function. Raises TaskflowError when its name is taken or its executor cannot run it."""
+    def add(self, function: TaskFunction, config: TaskConfig, *, replaces: bool = True) -> TaskDefinition:
+        """Registers a function. With `replaces` the function is from now on known by this name and these settings;
+        otherwise they are a second name of it.
+
+        Raises TaskflowError when its name is taken or its executor cannot run it.
+        """
         name = config.name or function.__name__
         taken = self._by_name.get(name)
         if taken is not None and not same_function(taken.function, function):
@@ -121,7 +125,9 @@ class TaskRegistry:
             )
         check = argument_check(function, dependencies)
         definition = TaskDefinition(name, function, config, executor, check, dependencies)
-        self._by_name[name] = self._by_function[function] = definition
+        self._by_name[name] = definition
+        if replaces:
+            self._by_function[function] = definition
         self.executors[name] = definition.executor
         return definition
 
@@ -149,6 +155,10 @@ class TaskRegistry:
                 "@task_manager.task is found again after a restart"
             )
         return self.add(function, TaskConfig())
+
+    def known(self, function: TaskFunction) -> TaskDefinition | None:
+        """The definition of a function that is a task already."""
+        return self._by_function.get(function)
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name

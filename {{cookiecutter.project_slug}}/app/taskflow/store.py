@@ -47,6 +47,7 @@ from .models import (
     TaskPage,
     TaskRecord,
     TaskStatus,
+    to_micros,
 )
 from .registry import TaskDefinition, TaskFunction, TaskRegistry
 from .tracing import current_traceparent
@@ -55,6 +56,8 @@ logger = logging.getLogger("taskflow")
 
 KEY_NAMESPACE = UUID("6f2d7c1e-3b0a-5c0e-9a53-1d5f0f6a8f11")
 """Ids of tasks with an idempotency key are uuid5 of this and "name:key": equal keys meet in one row, everywhere."""
+TICK_NAMESPACE = UUID("0d9b6c2f-51c4-5a7e-8f0a-7c3e2b9d4a61")
+"""Ids of a schedule's ticks are uuid5 of this and "name:microseconds"."""
 RESULT_POLL = 1.0
 """Seconds between looks at a task that may run in another process."""
 MOST_TAG_CHARACTERS = 256
@@ -75,6 +78,9 @@ class AddOptions(NamedTuple):
     delay_seconds: float | None = None
     run_at: datetime | None = None
     traceparent: str | None = None
+
+
+NO_OPTIONS = AddOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +136,30 @@ class TaskStore:
     ) -> Draft:
         """A task as its caller wants it, checked and encoded. Raises TaskArgumentError or TaskflowError."""
         definition = self._registry.of(function)
-        config = definition.config
-        now = self._clock()
         task_id = self._new_id(definition.name, options.idempotency_key)
         arguments = definition.encode(args, kwargs)
         self._carried.keep(task_id)
+        return self._describe(definition, task_id, arguments, options)
+
+    def run_of(self, schedule: str, arguments: str, tick: datetime | None) -> Draft:
+        """A run of a schedule, for one of its ticks or for now. Equal ticks have equal ids, on every instance.
+
+        Its `run_at` is the tick and its `created_at` the time it was fired: the list of tasks stays in order, and the
+        difference from tick to start is how late it was.
+        """
+        task_id = self._new_id(schedule, None) if tick is None else tick_id(schedule, tick)
+        return self._describe(self._registry.named(schedule), task_id, arguments, NO_OPTIONS, schedule, tick)
+
+    def _describe(
+        self,
+        definition: TaskDefinition,
+        task_id: str,
+        arguments: str,
+        options: AddOptions,
+        schedule: str | None = None,
+        tick: datetime | None = None,
+    ) -> Draft:
+        config, now = definition.config, self._clock()
         return Draft(
             task_id=task_id,
             name=definition.name,
@@ -143,10 +168,12 @@ class TaskStore:
             executor=definition.executor,
             max_attempts=definition.max_attempts,
             created_at=now,
-            run_at=start_time(options, now),
+            run_at=tick or start_time(options, now),
             arguments=self._cipher.seal(arguments, task_id, definition.name),
             tags=checked_tags(config.tags, options.tags),
             requeue=config.requeue_on_interrupt,
+            source="manual" if schedule is None else "scheduled",
+            schedule=schedule,
             key=options.idempotency_key,
             trace=current_traceparent(options.traceparent),
         )
@@ -450,6 +477,10 @@ class TaskStore:
         if record.result is None:
             return None
         return codec.decode(self._cipher.open(record.result, record.task_id, record.func_name))
+
+
+def tick_id(schedule: str, tick: datetime) -> str:
+    return str(uuid5(TICK_NAMESPACE, f"{schedule}:{to_micros(tick)}"))
 
 
 def start_time(options: AddOptions, now: datetime) -> datetime:

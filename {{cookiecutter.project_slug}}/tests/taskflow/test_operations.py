@@ -24,6 +24,7 @@ from pydantic import TypeAdapter
 from app.taskflow import BackendUnavailable, QueueConfig, TaskAdmin, TaskManager
 from app.taskflow.backends import open_backend
 from app.taskflow.backends.base import Revoke
+from app.taskflow.backends.tables import SCHEMA_VERSION
 from app.taskflow.models import EventKind, TaskEvent
 from app.taskflow.testing import instant_retries
 from app.taskflow.web import auth, records, shapes, visits
@@ -472,7 +473,7 @@ async def test_a_database_of_the_first_schema_gets_what_the_audit_needs(tmp_path
     assert not await backend.is_revoked("x")
     await backend.close()
     with closing(sqlite3.connect(file)) as connection:
-        assert connection.execute("SELECT max(version) FROM taskflow_schema_version").fetchone() == (2,)
+        assert connection.execute("SELECT max(version) FROM taskflow_schema_version").fetchone() == (SCHEMA_VERSION,)
         assert connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'taskflow_audit'").fetchone()
 
 
@@ -719,6 +720,7 @@ def test_every_answer_has_the_shape_that_the_documentation_shows() -> None:
         failed, good = running.run("charge_card", 7), running.run("add_up", 1, 2)
         retried = running.client.post("/tasks/bulk-retry", json={"task_ids": [failed]})
         running.ended(failed)
+        running.once("add_up", 1, 2, run_key="order/7")
         shown: dict[str, tuple[Any, Response]] = {
             "list": (list[shapes.ShownTask], running.client.get("/tasks")),
             "record": (shapes.ShownTaskRecord, running.client.get(f"/tasks/{failed}")),
@@ -731,6 +733,11 @@ def test_every_answer_has_the_shape_that_the_documentation_shows() -> None:
             "queues": (list[shapes.ShownQueue], running.client.get("/tasks/queues")),
             "bulk": (shapes.ShownBulkRetry, retried),
             "deletion": (shapes.ShownDeletion, running.client.delete("/tasks/history?value=1&unit=day")),
+            "schedules": (list[shapes.ShownSchedule], running.client.get("/tasks/schedules")),
+            "schedule": (shapes.ShownSchedule, running.client.post("/tasks/schedules/tidy/pause")),
+            "run": (shapes.ShownScheduleRun, running.client.post("/tasks/schedules/tidy/run")),
+            "one-offs": (list[shapes.ShownScheduledOnce], running.client.get("/tasks/scheduled")),
+            "cancellation": (shapes.ShownCancellation, running.client.delete("/tasks/scheduled/order%2F7")),
             "audit": (list[shapes.ShownAuditEntry], running.client.get("/tasks/audit")),
             "problem": (shapes.ShownProblem, running.client.get("/tasks/nobody")),
         }

@@ -6,6 +6,7 @@ import json
 import re
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,21 @@ import sqlalchemy as sa
 
 from app.taskflow import BackendUnavailable, QueueConfig, TaskflowError, TaskStatus
 from app.taskflow.backends import open_backend
-from app.taskflow.backends.base import DeclareQueues, LogLine, Progress, Purge
-from app.taskflow.models import Cursor, TaskFilter
+from app.taskflow.backends.base import (
+    CancelScheduled,
+    DeclaredSchedule,
+    DeclareQueues,
+    DeclareSchedules,
+    EditSchedule,
+    Fire,
+    Firing,
+    LogLine,
+    Progress,
+    Purge,
+    RunSchedule,
+    Supersede,
+)
+from app.taskflow.models import Cursor, EventKind, TaskFilter
 
 from .helpers import START, Bench, all_tasks, make_draft
 
@@ -101,12 +115,15 @@ async def live(bench: Bench) -> None:
     await backend.instances()
     await backend.cancels("one")
     await backend.arguments([one.task_id])
+    await live_schedules(bench)
     before = Cursor(bench.now, "task-5")
     for where in (
         TaskFilter(),
         TaskFilter(statuses=(TaskStatus.PENDING, TaskStatus.FAILED)),
         TaskFilter(func_name="job"),
         TaskFilter(queue="slow"),
+        TaskFilter(schedule="job"),
+        TaskFilter(schedule="job", statuses=(TaskStatus.FAILED,)),
         TaskFilter(func_name="job", queue="slow"),
         TaskFilter(statuses=(TaskStatus.SUCCESS,), func_name="job", source="manual"),
         TaskFilter(since=START, until=bench.now, tags=(("a", "b"),)),
@@ -115,6 +132,25 @@ async def live(bench: Bench) -> None:
         await backend.page(where, None, 10)
         await backend.page(where, before, 10)
     backend.leave("one")
+
+
+async def live_schedules(bench: Bench) -> None:
+    schedule = DeclaredSchedule("job", "job", "every 60 s", "UTC", True, "once", bench.now)
+    run = make_draft(at=bench.now)._replace(schedule="job")
+    await bench.obey(DeclareSchedules([schedule]))
+    await bench.obey(DeclareSchedules([replace(schedule, misfire="all", at_startup=run)]))
+    later = bench.now + timedelta(seconds=60)
+    await bench.obey(Fire([Firing("job", bench.now, later, later, [run._replace(task_id="tick")], overlap=False)]))
+    await bench.obey(EditSchedule("job", EventKind.PAUSE_SCHEDULE, True, None, "ann"))
+    await bench.obey(RunSchedule("job", "by-hand", "ann"))
+    once = make_draft(run_at=later)._replace(run_key="key", task_id="once")
+    await bench.turn(commands=[Supersede(once)], drafts=[once])
+    await bench.turn(commands=[Supersede(once)], drafts=[once])
+    await bench.backend.schedules()
+    await bench.backend.scheduled(None, None, 10)
+    await bench.backend.scheduled(later, (bench.now, "task-5"), 10)
+    await bench.obey(CancelScheduled("key", "ann"))
+    await bench.turn(commands=[Purge(bench.now, 10)])
 
 
 async def test_no_statement_of_daily_life_walks_through_a_table_that_grows(file: Path, spy: Spy) -> None:
@@ -143,6 +179,33 @@ async def test_no_statement_of_daily_life_walks_through_a_table_that_grows(file:
                     bad.append((step, sql))
                 before = step
     assert not bad, json.dumps(bad, indent=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "index"),
+    [
+        ("SELECT DISTINCT taskflow_task.schedule", "taskflow_live_runs"),
+        ("taskflow_task.run_key = :run_key", "taskflow_run_key"),
+        ("ORDER BY taskflow_task.run_at, taskflow_task.task_id\n LIMIT", "taskflow_one_offs"),
+        ("taskflow_task.schedule = :schedule_1 ORDER", "taskflow_runs"),
+        ("kind = 'tick_skipped' AND", "taskflow_skips"),
+    ],
+)
+async def test_schedules_and_one_offs_are_asked_about_along_their_own_index(
+    file: Path, spy: Spy, words: str, index: str
+) -> None:
+    """So that the thousands that wait cost nothing while their time has not come."""
+    backend = open_backend(str(file))
+    await backend.open()
+    await live_schedules(Bench(backend))
+    await backend.page(TaskFilter(schedule="job"), None, 10)
+    await backend.close()
+    asked = [(sql, parameters) for sql, parameters in spy.statements.items() if words in sql]
+    assert asked
+    with closing(sqlite3.connect(file)) as connection:
+        for sql, parameters in asked:
+            plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", parameters))
+            assert f"INDEX {index} " in f"{plan} ", plan
 
 
 async def test_the_cost_of_a_claim_and_of_a_page_does_not_grow_with_what_has_run(file: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from html.parser import HTMLParser
 from typing import Any
 
@@ -111,6 +112,13 @@ class Service:
         function = self.manager.registry.named(name).function
         return str(self.client.portal.call(lambda: self.manager.enqueue(function, *args, **options)))  # type: ignore[union-attr]
 
+    def once(self, name: str, *args: Any, run_key: str, seconds: float = 3_600.0) -> str:
+        """The id of a one-off of that function."""
+        function = self.manager.registry.named(name).function
+        run_at = self.manager.clock() + timedelta(seconds=seconds)
+        once = self.manager.schedule_once
+        return str(self.client.portal.call(lambda: once(function, *args, run_at=run_at, run_key=run_key)))  # type: ignore[union-attr]
+
     def run(self, name: str, *args: Any, **options: Any) -> str:
         """The id of a new task that has ended."""
         return self.ended(self.add(name, *args, **options))
@@ -157,6 +165,9 @@ def make_manager(gate: threading.Event, **options: Any) -> TaskManager:
         task_log("waiting")
         while not gate.is_set():
             await asyncio.sleep(0.005)
+
+    @manager.schedule(cron="0 3 * * *", timezone="Europe/London", overlap=False)
+    async def tidy() -> None: ...
 
     @manager.task(retries=3, delay=3_600)
     async def fail_slowly() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, Protocol
 
 from ..models import (
@@ -21,6 +21,8 @@ from ..models import (
     LogEntry,
     QueueConfig,
     QueueState,
+    ScheduledOnce,
+    ScheduleState,
     TaskEvent,
     TaskFilter,
     TaskPage,
@@ -48,6 +50,10 @@ class Draft(NamedTuple):
     key: str | None = None
     retry_of: str | None = None
     trace: str | None = None
+    schedule: str | None = None
+    """The schedule of which it is a run."""
+    run_key: str | None = None
+    """The replaceable key of a one-off."""
     rejected_by: int | None = None
     """The max_size of the queue that was full when the task was added: stored as REJECTED, to be seen."""
 
@@ -181,7 +187,117 @@ class Revoke:
     expires: datetime
 
 
-Command = Cancel | Requeue | Rescue | DeclareQueues | EditQueue | Purge | Note | Revoke
+@dataclass(frozen=True, slots=True)
+class DeclaredSchedule:
+    """A schedule as this process's code has it."""
+
+    name: str
+    func_name: str
+    trigger: str
+    timezone: str
+    overlap: bool
+    misfire: str
+    next_tick: datetime
+    at_startup: Draft | None = None
+    """The task of `run_on_startup`."""
+    startup_window: timedelta = timedelta(0)
+    """Instances that start within this time of each other run it once."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeclareSchedules:
+    """The schedules that the code declares. One that is new, or whose trigger or time zone changed, begins now; an
+    operator's pause stays. Those of other code are left as they are."""
+
+    schedules: Sequence[DeclaredSchedule]
+
+
+@dataclass(frozen=True, slots=True)
+class Firing:
+    """What one schedule owes. Written only while its last tick is `since`, from which this was computed: otherwise
+    another instance was faster, or an operator resumed it."""
+
+    schedule: str
+    since: datetime
+    until: datetime
+    """Its last tick from now on."""
+    next_tick: datetime
+    drafts: Sequence[Draft]
+    """A task for each tick to fire, oldest first."""
+    overlap: bool = True
+    """False: no task is made while one of the schedule waits or runs."""
+    missed: str | None = None
+    """What to record about ticks that are not made up for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fire:
+    """The due ticks of many schedules. Their tasks are admitted in this turn like any that arrives."""
+
+    firings: Sequence[Firing]
+
+
+@dataclass(frozen=True, slots=True)
+class EditSchedule:
+    """Pause a schedule or resume it. Resumed, it begins now: a pause is no misfire."""
+
+    name: str
+    kind: EventKind
+    paused: bool
+    reason: str | None
+    actor: str | None
+    next_tick: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSchedule:
+    """Record that somebody runs a schedule now; the task comes as a draft of the same turn."""
+
+    name: str
+    task_id: str
+    actor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Supersede:
+    """Make way for a one-off, which comes as a draft of the same turn: whatever waits under its `run_key` is cancelled,
+    or moved when it is the same task (one idempotency key)."""
+
+    draft: Draft
+
+
+@dataclass(frozen=True, slots=True)
+class CancelScheduled:
+    """Cancel what waits under a `run_key`."""
+
+    run_key: str
+    actor: str | None
+
+
+Command = (
+    Cancel
+    | Requeue
+    | Rescue
+    | DeclareQueues
+    | EditQueue
+    | Purge
+    | Note
+    | Revoke
+    | DeclareSchedules
+    | Fire
+    | EditSchedule
+    | RunSchedule
+    | Supersede
+    | CancelScheduled
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How far a schedule has come."""
+
+    last_tick: datetime
+    paused: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +308,8 @@ class Answer:
     changed: int = 0
     instance: str | None = None
     """Who runs the task that was asked to stop."""
+    marks: Mapping[str, Mark] = field(default_factory=dict)
+    """The schedules that were declared or fired, as they are now; one that is not stored is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +450,14 @@ class Backend(Protocol):
 
     async def queues(self) -> Sequence[QueueState]:
         """Every queue that is declared, was edited, or has tasks; by name."""
+
+    async def schedules(self) -> Sequence[ScheduleState]:
+        """Every schedule that any code ever declared, by name."""
+
+    async def scheduled(
+        self, before: datetime | None, after: tuple[datetime, str] | None, limit: int
+    ) -> Sequence[ScheduledOnce]:
+        """One-offs that wait, soonest first: due before a time, and behind a (fire_at, task_id), where given."""
 
     async def due(self, now: datetime) -> int:
         """Delayed tasks whose time has come; bounded by what one turn makes ready."""

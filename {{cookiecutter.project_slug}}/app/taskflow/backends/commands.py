@@ -1,4 +1,4 @@
-"""What operators and housekeeping ask for, inside a turn: cancel, requeue, rescue, queues, purge.
+"""What operators and housekeeping ask for, inside a turn: cancel, requeue, rescue, queues, one-offs, purge.
 
 Owns how each command changes rows. They are few and seldom, so they go through SQLAlchemy one row at a time; what they
 change they tell the ledger.
@@ -15,12 +15,32 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from ..models import DELAYED, RETRYABLE, EventKind, QueueConfig, TaskStatus, to_micros
-from .base import Answer, Cancel, Command, DeclareQueues, EditQueue, Moved, Note, Purge, Requeue, Rescue, Revoke
+from .base import (
+    Answer,
+    Cancel,
+    CancelScheduled,
+    Command,
+    DeclareQueues,
+    DeclareSchedules,
+    Draft,
+    EditQueue,
+    EditSchedule,
+    Fire,
+    Moved,
+    Note,
+    Purge,
+    Requeue,
+    Rescue,
+    Revoke,
+    RunSchedule,
+    Supersede,
+)
 from .ledger import Ledger
-from .rows import micros, moment, moved_of, status_of, stored_status
+from .rows import dumps_object, micros, moment, moved_of, status_of, stored_status
 from .statements import Cursor, Statements
 from .tables import queue as queue_table
 from .tables import revoked, task
+from .timetable import Timetable
 
 CRASH_BUDGET = 3
 """Processes that may die while running one task before it is failed as `crash_loop`."""
@@ -43,6 +63,9 @@ class Commands:
         self._instance = instance
         self._now = now
         self._at = to_micros(now)
+        self._timetable = Timetable(connection, cursor, statements, ledger, now)
+        self.drafts: Sequence[Draft] = self._timetable.drafts
+        """Tasks that commands brought, to be admitted like any that arrives."""
         self.stopping: list[str] = []
         """Running tasks of this instance that were asked to stop."""
         self.moved: list[Moved] = []
@@ -67,6 +90,18 @@ class Commands:
                 return Answer(changed=1)
             case Revoke(session_id, expires):
                 return self._revoke(session_id, to_micros(expires))
+            case DeclareSchedules(schedules):
+                return self._timetable.declare(schedules)
+            case Fire(firings):
+                return self._timetable.fire(firings)
+            case EditSchedule():
+                return self._timetable.edit(command)
+            case RunSchedule(name, task_id, actor):
+                return self._timetable.run(name, task_id, actor)
+            case Supersede(draft):
+                return self._supersede(draft)
+            case CancelScheduled(run_key, actor):
+                return self._cancel_scheduled(run_key, actor)
 
     def _cancel(self, task_id: str, actor: str | None) -> Answer:
         row = self._row(task_id)
@@ -74,17 +109,59 @@ class Commands:
             return Answer()
         status = status_of(row)
         if status is TaskStatus.PENDING:
-            self._update(task_id, status=TaskStatus.CANCELLED, finished_at=self._at)
-            self._ledger.event(EventKind.CANCELLED, task_id, actor=actor)
-            self._ledger.move(row.queue, row.name, row.status, TaskStatus.CANCELLED)
-            self._ledger.ran(row.queue, row.name, TaskStatus.CANCELLED, row.started_at, self._at)
-            self.moved.append(moved_of(row, TaskStatus.CANCELLED, self._now))
+            self._withdraw(row, actor)
         elif status is TaskStatus.RUNNING:
             self._update(task_id, cancel_requested=True)
             if row.instance == self._instance:
                 self.stopping.append(task_id)
             self._ledger.event(EventKind.CANCEL_REQUESTED, task_id, row.attempt, actor=actor)
         return Answer(before=status, changed=int(not status.terminal), instance=row.instance)
+
+    def _withdraw(self, row: Row[Any], actor: str | None, reason: str | None = None) -> None:
+        """Cancels a task that waits."""
+        self._update(row.task_id, status=TaskStatus.CANCELLED, finished_at=self._at, error=reason or row.error)
+        self._ledger.event(EventKind.CANCELLED, row.task_id, actor=actor, detail=reason)
+        self._ledger.move(row.queue, row.name, row.status, TaskStatus.CANCELLED)
+        self._ledger.ran(row.queue, row.name, TaskStatus.CANCELLED, row.started_at, self._at)
+        self.moved.append(moved_of(row, TaskStatus.CANCELLED, self._now, error=reason))
+
+    def _supersede(self, draft: Draft) -> Answer:
+        waiting = self._one_offs(draft.run_key or "")
+        for row in waiting:
+            if row.task_id == draft.task_id:
+                self._move(row, draft)
+            else:
+                self._withdraw(row, None, f"replaced by {draft.task_id}")
+        return Answer(changed=len(waiting))
+
+    def _move(self, row: Row[Any], draft: Draft) -> None:
+        """A one-off whose idempotency key makes it the same task gets the time and the rest of its new description."""
+        status = stored_status(TaskStatus.PENDING, draft.run_at, self._now)
+        self._update(
+            row.task_id,
+            status=status,
+            run_at=to_micros(draft.run_at),
+            queue=draft.queue,
+            priority=draft.priority,
+            arguments=draft.arguments,
+            tags=dumps_object(draft.tags),
+        )
+        self._ledger.event(EventKind.MOVED, row.task_id, detail=f"to {draft.run_at.isoformat()}")
+        self._ledger.move(row.queue, row.name, row.status, None)
+        self._ledger.move(draft.queue, row.name, None, status)
+
+    def _cancel_scheduled(self, run_key: str, actor: str | None) -> Answer:
+        waiting = self._one_offs(run_key)
+        for row in waiting:
+            self._withdraw(row, None)
+            if actor is not None:
+                detail = json.dumps({"run_key": run_key})
+                self._ledger.event(EventKind.CANCEL_SCHEDULED, row.task_id, actor=actor, detail=detail)
+        return Answer(changed=len(waiting))
+
+    def _one_offs(self, run_key: str) -> Sequence[Row[Any]]:
+        """What waits under that key."""
+        return self._connection.execute(self._sql.waiting_one_offs, {"run_key": run_key}).all()
 
     def _retry(self, task_id: str, max_attempts: int, actor: str | None) -> Answer:
         row = self._row(task_id)
@@ -195,6 +272,7 @@ class Commands:
                 self._sql.purge_events.change(self._cursor, gone)
                 self._sql.purge_logs.change(self._cursor, gone)
             deleted += len(rows)
+        self._sql.purge_skips.run(self._cursor, before=before, most=limit)
         return Answer(changed=deleted)
 
     # -- rows

@@ -52,7 +52,9 @@ def indexed_conditions(where: TaskFilter, before: Cursor | None) -> list[sa.Colu
         conditions.append(task.c.created_at >= to_micros(where.since))
     if where.until is not None:
         conditions.append(task.c.created_at <= to_micros(where.until))
-    if where.func_name is not None and not where.statuses:
+    if where.schedule is not None and not where.statuses:
+        conditions.append(task.c.schedule == where.schedule)
+    elif where.func_name is not None and not where.statuses:
         conditions.append(task.c.name == where.func_name)
     elif where.queue is not None and not where.statuses:
         conditions.append(task.c.queue == where.queue)
@@ -66,9 +68,11 @@ def has_tag(key: str, value: str) -> Callable[[Any], sa.ColumnElement[bool]]:
 
 def scanned_conditions(where: TaskFilter, statuses: int) -> list[Callable[[Any], sa.ColumnElement[bool]]]:
     conditions: list[Callable[[Any], sa.ColumnElement[bool]]] = []
-    if where.func_name is not None and statuses:
+    if where.schedule is not None and statuses:
+        conditions.append(lambda c: c.schedule == where.schedule)
+    if where.func_name is not None and (statuses or where.schedule is not None):
         conditions.append(lambda c: c.name == where.func_name)
-    if where.queue is not None and (statuses or where.func_name is not None):
+    if where.queue is not None and (statuses or where.func_name is not None or where.schedule is not None):
         conditions.append(lambda c: c.queue == where.queue)
     if where.source is not None:
         conditions.append(lambda c: c.source == where.source)

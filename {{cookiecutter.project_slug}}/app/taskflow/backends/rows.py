@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy.engine import Row
 
-from ..models import DELAYED, TaskEvent, TaskRecord, TaskStatus, from_micros, to_micros
+from ..models import DELAYED, ScheduledOnce, ScheduleState, TaskEvent, TaskRecord, TaskStatus, from_micros, to_micros
 from .base import Claimed, Draft, Moved
 
 
@@ -141,4 +141,39 @@ def record_of(row: Row[Any]) -> TaskRecord:
         idempotency_key=row.idempotency_key,
         cancel_requested=bool(row.cancel_requested),
         retry_of=row.retry_of,
+        schedule=row.schedule,
+        run_key=row.run_key,
+    )
+
+
+def schedule_of(row: Row[Any]) -> ScheduleState:
+    """From a schedule's row with `last_status`, the stored status of its last task."""
+    last = row.last_status
+    return ScheduleState(
+        name=row.name,
+        func_name=row.func_name,
+        trigger=row.trigger,
+        timezone=row.timezone,
+        overlap=bool(row.overlap),
+        misfire=row.misfire,
+        paused=bool(row.paused),
+        reason=row.reason,
+        last_tick=from_micros(row.last_tick),
+        next_tick=moment(row.next_tick),
+        last_run=moment(row.last_run),
+        last_task_id=row.last_task_id,
+        last_status=None if last is None else TaskStatus.PENDING if last == DELAYED else TaskStatus(last),
+    )
+
+
+def one_off_of(row: Row[Any]) -> ScheduledOnce:
+    return ScheduledOnce(
+        run_key=row.run_key,
+        task_id=row.task_id,
+        func_name=row.name,
+        fire_at=from_micros(row.run_at),
+        queue=row.queue,
+        priority=row.priority,
+        tags=loads_object(row.tags),
+        created_at=from_micros(row.created_at),
     )

@@ -28,6 +28,8 @@ from ..models import (
     InstanceRecord,
     LogEntry,
     QueueState,
+    ScheduledOnce,
+    ScheduleState,
     TaskEvent,
     TaskFilter,
     TaskPage,
@@ -40,7 +42,7 @@ from . import tables
 from .base import Beat, Instance, Turn, TurnResult
 from .pages import page_statement
 from .room import QueueBook
-from .rows import event_of, loads_object, record_of
+from .rows import event_of, loads_object, one_off_of, record_of, schedule_of
 from .statements import STAGE_BATCH, Prepared, Statements, has_status
 from .tables import counter, event, log, revoked, task
 from .turn import Mistaken, TurnWriter
@@ -116,7 +118,7 @@ class SqlBackend:
                 return
             for number in range((version or tables.SCHEMA_VERSION) + 1, tables.SCHEMA_VERSION + 1):
                 for step in tables.STEPS[number]:
-                    connection.execute(step)
+                    step(connection)
             connection.execute(tables.schema_version.insert().values(version=tables.SCHEMA_VERSION))
 
     # -- the turn
@@ -285,6 +287,23 @@ class SqlBackend:
             state = states.setdefault(count.queue, QueueState(count.queue, None, None, False, None))
             states[count.queue] = counted(state, count)
         return [states[name] for name in sorted(states)]
+
+    async def schedules(self) -> Sequence[ScheduleState]:
+        statement = self._statements.schedules
+        rows = await self._read(lambda connection: connection.execute(statement).all())
+        return [schedule_of(row) for row in rows]
+
+    async def scheduled(
+        self, before: datetime | None, after: tuple[datetime, str] | None, limit: int
+    ) -> Sequence[ScheduledOnce]:
+        statement = self._statements.one_offs.limit(limit)
+        if before is not None:
+            statement = statement.where(task.c.run_at < to_micros(before))
+        if after is not None:
+            place = sa.tuple_(sa.literal(to_micros(after[0])), sa.literal(after[1]))
+            statement = statement.where(sa.tuple_(task.c.run_at, task.c.task_id) > place)
+        rows = await self._read(lambda connection: connection.execute(statement).all())
+        return [one_off_of(row) for row in rows]
 
     async def due(self, now: datetime) -> int:
         ahead = sa.select(task.c.task_id).where(has_status(DELAYED), task.c.run_at <= to_micros(now)).limit(STAGE_BATCH)

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from ..models import DELAYED, TaskStatus
 from . import tables
-from .tables import counter, event, log, queue, rank, task
+from .tables import counter, event, log, queue, rank, schedule, task
 
 STAGE_BATCH = 1_000
 RESCUE_BATCH = 500
@@ -55,6 +55,8 @@ DRAFT_COLUMNS = (
     task.c.idempotency_key,
     task.c.retry_of,
     task.c.trace,
+    task.c.schedule,
+    task.c.run_key,
 )
 FINISH_COLUMNS = (
     task.c.task_id,
@@ -175,6 +177,7 @@ class Statements:
         self._build_logbook()
         self._build_purge()
         self._build_liveness()
+        self._build_schedules()
 
     def insert(self, table: sa.Table) -> Any:
         """The dialect's INSERT, which knows ON CONFLICT."""
@@ -314,6 +317,13 @@ class Statements:
         self.purge_events = self._prepare(
             event.delete().where(event.c.task_id.in_(self._ids()), event.c.actor.is_(None))
         )
+        skipped = (
+            sa.select(event.c.seq)
+            .where(sa.text("kind = 'tick_skipped'"), event.c.at < sa.bindparam("before"))
+            .order_by(event.c.at)
+            .limit(sa.bindparam("most"))
+        )
+        self.purge_skips = self._prepare(event.delete().where(event.c.seq.in_(skipped)))
         self.purge_logs = self._prepare(log.delete().where(log.c.task_id.in_(self._ids())))
 
     def _build_liveness(self) -> None:
@@ -331,4 +341,34 @@ class Statements:
             .where(has_status("running"), task.c.instance.in_(sa.select(lost.c.instance)))
             .limit(RESCUE_BATCH)
             .with_for_update(skip_locked=True)
+        )
+
+    def _build_schedules(self) -> None:
+        """Firing the due ticks of many schedules at once; what is shown of schedules and one-offs."""
+        asked = self._database.expand("rows", (schedule.c.name,))
+        names = sa.select(asked.c.name)
+        marks = sa.select(schedule.c.name, schedule.c.last_tick, schedule.c.paused)
+        self.marks = self._prepare(self._gather(marks.where(schedule.c.name.in_(names)).with_for_update()))
+        live = sa.and_(task.c.schedule.is_not(None), sa.text(tables.LIVE))
+        live_runs = sa.select(task.c.schedule).where(live, task.c.schedule.in_(names)).distinct()
+        self.live_runs = self._prepare(self._gather(live_runs))
+        fired = self._database.arriving(
+            (
+                schedule.c.name,
+                schedule.c.last_tick,
+                schedule.c.next_tick,
+                schedule.c.last_run,
+                schedule.c.last_task_id,
+                schedule.c.started_at,
+            ),
+        )
+        changed = {column.name: sa.func.coalesce(column, schedule.c[column.name]) for column in fired.c}
+        self.advance = self._prepare(schedule.update().where(schedule.c.name == fired.c.name).values(changed))
+        last = sa.select(schedule, task.c.status.label("last_status"))
+        joined = last.outerjoin_from(schedule, task, task.c.task_id == schedule.c.last_task_id)
+        self.schedules = joined.order_by(schedule.c.name)
+        waiting = sa.and_(task.c.run_key.is_not(None), sa.text(tables.WAITING))
+        self.one_offs = sa.select(task).where(waiting).order_by(task.c.run_at, task.c.task_id)
+        self.waiting_one_offs = (
+            sa.select(task).where(waiting, task.c.run_key == sa.bindparam("run_key")).with_for_update()
         )

@@ -7,14 +7,26 @@ microseconds since the epoch, JSON is text: both sort and copy the same on every
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, Executable, Index, Integer, MetaData, Text, func, literal_column, text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Index,
+    Integer,
+    MetaData,
+    Text,
+    func,
+    inspect,
+    literal_column,
+    text,
+)
+from sqlalchemy.engine import Connection
 from sqlalchemy.schema import CreateIndex
 from sqlmodel import Field, SQLModel
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Row(SQLModel):
@@ -54,6 +66,10 @@ class TaskRow(Row, table=True):
     idempotency_key: str | None = None
     retry_of: str | None = None
     trace: str | None = None
+    schedule: str | None = None
+    """The schedule of which it is a run."""
+    run_key: str | None = None
+    """The replaceable key of a one-off."""
 
 
 class EventRow(Row, table=True):
@@ -113,6 +129,27 @@ class QueueRow(Row, table=True):
     """Higher than any before it, with every change: tells instances that what they remember is old."""
 
 
+class ScheduleRow(Row, table=True):
+    """Schedules that any code declared, and how far each has come: up to `last_tick` everything is settled."""
+
+    __tablename__ = "taskflow_schedule"
+
+    name: str = Field(primary_key=True)
+    func_name: str
+    trigger: str
+    timezone: str
+    overlap: bool
+    misfire: str
+    paused: bool = False
+    reason: str | None = None
+    last_tick: int = Field(sa_type=BigInteger)
+    next_tick: int | None = Field(default=None, sa_type=BigInteger)
+    last_run: int | None = Field(default=None, sa_type=BigInteger)
+    last_task_id: str | None = None
+    started_at: int | None = Field(default=None, sa_type=BigInteger)
+    """When `run_on_startup` last made a task."""
+
+
 class InstanceRow(Row, table=True):
     """Processes that serve this database. The lease of all they run holds until `lease_until`."""
 
@@ -151,12 +188,19 @@ event = EventRow.__table__  # type: ignore[attr-defined]
 log = LogRow.__table__  # type: ignore[attr-defined]
 counter = CounterRow.__table__  # type: ignore[attr-defined]
 queue = QueueRow.__table__  # type: ignore[attr-defined]
+schedule = ScheduleRow.__table__  # type: ignore[attr-defined]
 instance = InstanceRow.__table__  # type: ignore[attr-defined]
 revoked = RevokedRow.__table__  # type: ignore[attr-defined]
 schema_version = SchemaRow.__table__  # type: ignore[attr-defined]
 
 rank = func.coalesce(task.c.priority, literal_column("0"))
 """What the claim sorts by. The zero is a literal: an index on an expression is only used for the same expression."""
+
+
+WAITING = "status || '' IN ('pending', 'delayed')"
+LIVE = "status || '' IN ('pending', 'delayed', 'running')"
+"""Conditions of partial indexes; a statement that shows the same words is answered from them. The status is compared as
+an expression, because SQLite would otherwise prefer the index of all statuses."""
 
 
 def _where(condition: str) -> dict[str, Any]:
@@ -179,6 +223,41 @@ Index("taskflow_by_queue", task.c.queue, task.c.created_at, task.c.task_id)
 Index("taskflow_event_task", event.c.task_id, event.c.seq)
 audit_index = Index("taskflow_audit", event.c.seq, **_where("actor IS NOT NULL"))
 Index("taskflow_log_task", log.c.task_id, log.c.seq)
+runs_index = Index(
+    "taskflow_runs", task.c.schedule, task.c.created_at, task.c.task_id, **_where("schedule IS NOT NULL")
+)
+live_runs_index = Index("taskflow_live_runs", task.c.schedule, **_where(f"schedule IS NOT NULL AND {LIVE}"))
+run_key_index = Index("taskflow_run_key", task.c.run_key, **_where(f"run_key IS NOT NULL AND {WAITING}"))
+one_offs_index = Index(
+    "taskflow_one_offs", task.c.run_at, task.c.task_id, **_where(f"run_key IS NOT NULL AND {WAITING}")
+)
+skips_index = Index("taskflow_skips", event.c.at, **_where("kind = 'tick_skipped'"))
 
-STEPS: Mapping[int, Sequence[Executable]] = {2: (CreateIndex(audit_index, if_not_exists=True),)}
+Step = Callable[[Connection], object]
+
+
+def add_column(column: Column[Any]) -> Step:
+    """Adds a column that may be null, where the table does not have it yet."""
+
+    def step(connection: Connection) -> None:
+        names = {found["name"] for found in inspect(connection).get_columns(column.table.name)}
+        if column.name not in names:
+            kind = column.type.compile(connection.dialect)
+            connection.execute(text(f"ALTER TABLE {column.table.name} ADD COLUMN {column.name} {kind}"))
+
+    return step
+
+
+def add_index(index: Index) -> Step:
+    return lambda connection: connection.execute(CreateIndex(index, if_not_exists=True))
+
+
+STEPS: Mapping[int, Sequence[Step]] = {
+    2: (add_index(audit_index),),
+    3: (
+        add_column(task.c.schedule),
+        add_column(task.c.run_key),
+        *map(add_index, (runs_index, live_runs_index, run_key_index, one_offs_index, skips_index)),
+    ),
+}
 """Schema version -> what brings an older schema to it; each may run twice. New tables come by themselves."""

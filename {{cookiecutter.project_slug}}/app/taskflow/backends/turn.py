@@ -81,7 +81,8 @@ class TurnWriter:
             self._stage()  # before the arrivals, which must not overtake what is due
         levels = self._ledger.levels()
         room = Room(turn.demand, self._book.queues, levels) if turn.demand else None
-        admitted = self._admit(turn.drafts, room, levels) if turn.drafts else Admitted()
+        arrivals = [*turn.drafts, *self._commands.drafts]
+        admitted = self._admit(arrivals, room, levels) if arrivals else Admitted()
         claimed, more = self._claim(room, rotation) if room else ([], False)
         claimed = [*admitted.started, *claimed]
         if turn.held is not None:
@@ -98,7 +99,7 @@ class TurnWriter:
             moved=self._commands.moved,
             stopping=self._commands.stopping,
             more=more or bool(admitted.existing),  # they may have held slots that others wait for
-            next_due=self._next_due() if turn.demand else None,
+            next_due=self._next_due(arrivals) if turn.demand else None,
             queues=self._queues_now(),
         )
 
@@ -257,6 +258,8 @@ class TurnWriter:
             draft.key,
             draft.retry_of,
             draft.trace,
+            draft.schedule,
+            draft.run_key,
         )
 
     def _rearm(self, drafts: Sequence[Draft], status: Mapping[str, str]) -> set[str]:
@@ -271,7 +274,12 @@ class TurnWriter:
             if status[row.task_id] == TaskStatus.REJECTED:
                 refused.add(row.task_id)
             else:
-                said = {"arguments": draft.arguments, "priority": draft.priority, "trace": draft.trace}
+                said = {
+                    "arguments": draft.arguments,
+                    "priority": draft.priority,
+                    "trace": draft.trace,
+                    "run_key": draft.run_key,
+                }
                 self._commands.requeue(
                     row, draft.max_attempts, None, draft.run_at, tags=dumps_object(draft.tags), **said
                 )
@@ -286,10 +294,10 @@ class TurnWriter:
                 self._ledger.move(queue, name, DELAYED, TaskStatus.PENDING)
             self._look_again()
 
-    def _next_due(self) -> datetime | None:
+    def _next_due(self, arrivals: Sequence[Draft]) -> datetime | None:
         """When the next delayed task becomes due: one that was stored before, or one of this turn."""
         now = self._turn.now
-        times = [draft.run_at for draft in self._turn.drafts if draft.run_at > now]
+        times = [draft.run_at for draft in arrivals if draft.run_at > now]
         times += [finish.run_at for finish in self._turn.finishes if finish.run_at is not None and finish.run_at > now]
         if self._first_due is not None:
             times.append(from_micros(self._first_due))

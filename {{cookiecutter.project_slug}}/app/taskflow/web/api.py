@@ -189,10 +189,10 @@ def invalid_query(message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": ("query",), "msg": message, "input": None}])
 
 
-def next_link(base: str, request: Request, older: Cursor | str) -> str:
-    """The same question, continued below `older`. Without scheme and host: only the client knows the outer ones."""
-    asked = [(key, value) for key, value in request.query_params.multi_items() if key != "before"]
-    return f'<{base}?{urlencode([*asked, ("before", str(older))])}>; rel="next"'
+def next_link(base: str, request: Request, place: Cursor | str, parameter: str = "before") -> str:
+    """The same question, continued at `place`. Without scheme and host: only the client knows the outer ones."""
+    asked = [(key, value) for key, value in request.query_params.multi_items() if key != parameter]
+    return f'<{base}?{urlencode([*asked, (parameter, str(place))])}>; rel="next"'
 
 
 def wants_text(accept: str) -> bool:

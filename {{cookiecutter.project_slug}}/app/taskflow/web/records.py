@@ -14,7 +14,16 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from ..models import EventKind, InstanceRecord, LogEntry, QueueState, TaskEvent, TaskRecord
+from ..models import (
+    EventKind,
+    InstanceRecord,
+    LogEntry,
+    QueueState,
+    ScheduledOnce,
+    ScheduleState,
+    TaskEvent,
+    TaskRecord,
+)
 from ..store import Metrics, Retried, TaskStore
 
 UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
@@ -166,6 +175,36 @@ def queue_row(queue: QueueState) -> dict[str, Any]:
         "running": queue.running,
         "finished": queue.finished,
         "rejected": queue.rejected,
+    }
+
+
+def schedule_row(schedule: ScheduleState) -> dict[str, Any]:
+    return {
+        "name": schedule.name,
+        "func_name": schedule.func_name,
+        "trigger": schedule.trigger,
+        "timezone": schedule.timezone,
+        "next_run": iso(schedule.next_tick),
+        "last_run": iso(schedule.last_run),
+        "last_status": schedule.last_status,
+        "last_task_id": schedule.last_task_id,
+        "paused": schedule.paused,
+        "reason": schedule.reason,
+        "overlap": schedule.overlap,
+        "misfire": schedule.misfire,
+    }
+
+
+def one_off_row(one_off: ScheduledOnce) -> dict[str, Any]:
+    return {
+        "run_key": one_off.run_key,
+        "task_id": one_off.task_id,
+        "func_name": one_off.func_name,
+        "fire_at": iso(one_off.fire_at),
+        "queue": one_off.queue,
+        "priority": one_off.priority,
+        "tags": dict(one_off.tags),
+        "created_at": iso(one_off.created_at),
     }
 
 

@@ -116,6 +116,43 @@ class ShownQueue(Shape):
     rejected: int
 
 
+class ShownSchedule(Shape):
+    name: str
+    func_name: str
+    trigger: str = Field(examples=["every 60 s", "0 2 * * *"])
+    timezone: str
+    next_run: datetime | None = Field(description="null while it is paused, or is not in this process's code")
+    last_run: datetime | None
+    last_status: TaskStatus | None
+    last_task_id: str | None
+    paused: bool
+    reason: str | None = Field(description="why it is paused")
+    overlap: bool
+    misfire: Literal["skip", "once", "all"]
+
+
+class ShownScheduleRun(ShownSchedule):
+    task_id: str = Field(description="of the new task")
+
+
+class ShownScheduledOnce(Shape):
+    """A one-off that waits for its time."""
+
+    run_key: str
+    task_id: str
+    func_name: str
+    fire_at: datetime
+    queue: str
+    priority: int | None
+    tags: dict[str, str]
+    created_at: datetime
+
+
+class ShownCancellation(Shape):
+    run_key: str
+    cancelled: bool
+
+
 class ShownRetry(Shape):
     original_task_id: str
     new_task_id: str = Field(description="the same, where a retry replaces the original")

@@ -38,6 +38,9 @@ EVENT_WORDS: Mapping[str, tuple[str, str]] = {
     EventKind.RESCUED: ("Rescued from a lost instance", "interrupted"),
     EventKind.REQUEUED: ("Queued again", "pending"),
     EventKind.COPIED: ("Retried as a new task", "pending"),
+    EventKind.MOVED: ("Given another time", "pending"),
+    EventKind.RUN_SCHEDULE: ("Its schedule was run by hand", "pending"),
+    EventKind.CANCEL_SCHEDULED: ("Cancelled before its time", "cancelled"),
     EventKind.LEASE_LOST: ("A late result was refused", "rejected"),
 }
 """Event kind -> what it says, and the status whose colour it has."""
