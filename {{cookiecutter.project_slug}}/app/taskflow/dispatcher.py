@@ -19,10 +19,11 @@ from typing import Literal
 
 from .backends.base import Claimed, Demand, Finish, TurnResult
 from .context import CarriedContexts
-from .executors import Executor, Job, ThreadExecutor
+from .executors import Executor, ThreadExecutor
 from .journal import Journal
 from .registry import TaskDefinition, TaskRegistry
 from .runner import Attempt, Failed, Interrupted, Runner, stopped
+from .threads import Job
 
 logger = logging.getLogger("taskflow")
 

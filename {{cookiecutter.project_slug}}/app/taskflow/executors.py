@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
-import queue
-import threading
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
@@ -21,6 +17,7 @@ from .context import TaskContext
 from .errors import TaskArgumentError, UnreadableCall
 from .models import ExecutorKind
 from .registry import TaskDefinition
+from .threads import Crew, Job
 
 DEFAULT_ASYNC_SLOTS = 1_000
 DEFAULT_THREADS = 100
@@ -51,7 +48,7 @@ class Call(NamedTuple):
                 args, kwargs = self.definition.dependencies.joined(args, kwargs, self.injected)
         except (ValueError, TypeError, ArithmeticError, RecursionError, TaskArgumentError) as error:
             raise UnreadableCall(self.definition.name, error) from error
-        return functools.partial(self.definition.function, *args, **kwargs)
+        return partial(self.definition.function, *args, **kwargs)
 
 
 class Executor(Protocol):
@@ -88,11 +85,7 @@ class AsyncExecutor:
 
 
 class ThreadExecutor:
-    """Runs each call in a daemon thread.
-
-    Not `concurrent.futures`: its threads are joined at the interpreter's exit, so one task that hangs would keep the
-    process from ever ending.
-    """
+    """Runs each call in a thread of its crew."""
 
     kind: ExecutorKind = "thread"
 
@@ -105,7 +98,7 @@ class ThreadExecutor:
     async def run(self, call: Call) -> Any:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
-        job = self.submit(call.bound(), contextvars.copy_context(), lambda job: job.settle(done), loop)
+        job = self.submit(call.bound(), contextvars.copy_context(), partial(settle, done), loop)
         try:
             return await done
         except asyncio.CancelledError:
@@ -123,16 +116,11 @@ class ThreadExecutor:
         if self._crew is None or self._crew.loop is not loop:
             self.close()
             self._crew = Crew(loop, self.slots)
-        job = Job(function, context, deliver)
-        self._crew.take(job)
-        return job
+        return self._crew.take(function, context, deliver)
 
     def abandon(self, job: Job) -> None:
         """What the job still brings is dropped, and its slot is free at once."""
-        if not job.delivered:
-            job.abandoned = True
-            if self._crew is not None:
-                self._crew.replace_one()
+        job.crew.abandon(job)
 
     def close(self) -> None:
         if self._crew is not None:
@@ -142,94 +130,14 @@ class ThreadExecutor:
     async def wait_closed(self) -> None: ...
 
 
-class Crew:
-    """The threads that work for one event loop, started as they are needed.
-
-    Only the event loop counts them; what a thread brings back after the loop has gone is nobody's.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, most: int) -> None:
-        self.loop = loop
-        self._most = most
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._ended: deque[Job] = deque()
-        self._told = False
-        self._idle = 0
-        self._threads = 0
-        self._dismissed = False
-
-    def take(self, job: Job) -> None:
-        if self._idle:
-            self._idle -= 1
-        elif self._threads < self._most:
-            self._threads += 1
-            threading.Thread(target=self._work, name=f"taskflow-thread-{self._threads}", daemon=True).start()
-        self._jobs.put(job)
-
-    def replace_one(self) -> None:
-        """A thread hangs in a job that nobody waits for: another one will serve its slot."""
-        self._threads -= 1
-
-    def dismiss(self) -> None:
-        self._dismissed = True
-        for _ in range(self._threads):
-            self._jobs.put(None)
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.run()
-            self._ended.append(job)
-            if not self._told:  # one wake-up of the event loop collects all that ended meanwhile
-                self._told = True
-                try:
-                    self.loop.call_soon_threadsafe(self._deliver)
-                except RuntimeError:  # the event loop is closed: nobody waits for results any more
-                    return
-            if self._dismissed:
-                return
-            del job  # an idle thread must not keep the last result alive
-
-    def _deliver(self) -> None:
-        self._told = False
-        while self._ended:
-            job = self._ended.popleft()
-            if not job.abandoned:
-                self._idle += 1
-                job.delivered = True
-                job.deliver(job)
-            elif not self._dismissed:
-                self._jobs.put(None)  # the thread that ran it is one more than are counted
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One call on its way through a thread."""
-
-    function: Callable[[], Any]
-    context: contextvars.Context
-    deliver: Callable[[Job], None]
-    """Called on the event loop when the job has ended; must not raise."""
-    abandoned: bool = False
-    """Nobody waits for it: the result is dropped, and a function that has not begun never does."""
-    delivered: bool = False
-    result: Any = None
-    error: BaseException | None = None
-
-    def run(self) -> None:
-        if self.abandoned:
-            return
-        try:
-            self.result = self.context.run(self.function)
-        except BaseException as error:  # noqa: BLE001 - user code: SystemExit in a thread is that task's failure
-            self.error = error
-
-    def settle(self, done: asyncio.Future[Any]) -> None:
-        if done.cancelled():
-            return
-        if self.error is None:
-            done.set_result(self.result)
-        else:
-            done.set_exception(carried(self.error))
+def settle(done: asyncio.Future[Any], job: Job) -> None:
+    """What the job brought, for whoever awaits it; the awaiting task may have been cancelled meanwhile."""
+    if done.cancelled():
+        return
+    if job.error is None:
+        done.set_result(job.result)
+    else:
+        done.set_exception(carried(job.error))
 
 
 def carried(error: BaseException) -> BaseException:

@@ -22,6 +22,7 @@ ORDER = [
     "tracing",
     "loops",
     "backends.base",
+    "threads",
     "executors",
     "process_worker",
     "processes",

@@ -7,16 +7,19 @@ commit survive a power loss.
 
 from __future__ import annotations
 
+import random
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import QueuePool, StaticPool
 from sqlalchemy.sql.compiler import SQLCompiler
 
@@ -31,12 +34,13 @@ OLDEST_SQLITE = (3, 35, 0)
 BUSY_TIMEOUT = 0.5
 """Seconds that one try waits for another process's transaction. Below the journal's `accept_timeout`, so that a
 caller who was told "no" is never written afterwards."""
-
-
+TRY_AGAIN = (0.0005, 0.003)
+"""Seconds between two asks for the lock."""
 POSITIONAL = sqlite_dialect(paramstyle="qmark")
 ROW = re.compile(r"\(/\*(\d+)\*/\)")
 """Where the rows of a bulk statement go in its text, and how many cells each has."""
 LONGEST_LIST = 512
+"""Rows of one bulk statement."""
 
 
 class SqliteBackend(SqlBackend):
@@ -67,6 +71,8 @@ class SqliteBackend(SqlBackend):
             connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False, "cached_statements": 512},
         )
         sa.event.listen(engine, "connect", prepare_connection)
+        if not reads_only:
+            sa.event.listen(engine, "connect", wait_for_no_lock)
         sa.event.listen(engine, "begin", begin_read if reads_only else begin_write)
         return engine
 
@@ -152,9 +158,26 @@ def prepare_connection(connection: sqlite3.Connection, _record: object) -> None:
         connection.execute(f"PRAGMA {pragma}").close()
 
 
+def wait_for_no_lock(connection: sqlite3.Connection, _record: object) -> None:
+    """`begin_write` waits instead."""
+    connection.execute("PRAGMA busy_timeout=0").close()
+
+
 def begin_write(connection: Connection) -> None:
-    """Takes the write lock at once: a transaction that starts as a reader could fail halfway."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    """Takes the write lock at once: a transaction that starts as a reader could fail halfway.
+
+    While another process holds it, asks again every few milliseconds. SQLite's own waiting leaves up to a tenth of a
+    second between two tries, in which a busy neighbour gets it again and again.
+    """
+    deadline = monotonic() + BUSY_TIMEOUT
+    while True:
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            return
+        except OperationalError as error:
+            if getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY or monotonic() > deadline:
+                raise
+        sleep(random.uniform(*TRY_AGAIN))
 
 
 def begin_read(connection: Connection) -> None:
