@@ -71,8 +71,11 @@ class Room:
         """Those names that this instance knows and has a slot for."""
         return {name for name in names if self._names.get(name) in self._slots}
 
-    def free(self, queue: str) -> int:
-        return max(0, min(sum(self._slots.values()), self._allowed(queue), CLAIM_BATCH))
+    def free(self, queue: str, names: Collection[str]) -> int:
+        """How many tasks of these names may be taken from that queue."""
+        kinds = {self._names.get(name, "") for name in names}
+        slots = sum(self._slots.get(kind, 0) for kind in kinds)
+        return max(0, min(slots, self._allowed(queue), CLAIM_BATCH))
 
     def take(self, queue: str, name: str) -> bool:
         """One slot for a task of that name, if there is one."""

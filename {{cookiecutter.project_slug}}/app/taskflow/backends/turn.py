@@ -312,7 +312,8 @@ class TurnWriter:
         more = False
         for queue in queues[first:] + queues[:first]:
             waiting = levels.waiting(queue)
-            names, most = room.startable(waiting), room.free(queue)
+            names = room.startable(waiting)
+            most = room.free(queue, names)
             if names and most:
                 candidates = self._ready(queue, names, waiting, most)
                 chosen += [next_claim(cells, self._turn.now) for cells in candidates if room.take(queue, cells[1])]
