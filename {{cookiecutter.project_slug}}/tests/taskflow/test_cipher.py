@@ -211,9 +211,9 @@ async def test_swapped_rows_fail_alone_and_without_retries(start_manager: StartM
     change(
         file,
         "UPDATE taskflow_task SET arguments = (SELECT arguments FROM taskflow_task AS theirs WHERE theirs.task_id = "
-        "CASE taskflow_task.task_id WHEN ?1 THEN ?2 ELSE ?1 END) WHERE task_id IN (?1, ?2)",
-        one,
-        other,
+        "CASE taskflow_task.task_id WHEN ? THEN ? ELSE ? END) WHERE task_id IN (?, ?)",
+        *(one, other, one),
+        *(one, other),
     )
     change(file, "UPDATE taskflow_task SET name = 'triple' WHERE task_id = ?", renamed)
     manager = await run(start_manager, NEW)

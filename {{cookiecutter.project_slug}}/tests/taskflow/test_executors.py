@@ -49,6 +49,15 @@ def live_threads() -> int:
     return sum(thread.name.startswith("taskflow-thread") for thread in threading.enumerate())
 
 
+async def threads_before() -> int:
+    """How many there are once those of earlier tests have ended."""
+    while True:
+        found = live_threads()
+        await asyncio.sleep(0.05)
+        if live_threads() == found:
+            return found
+
+
 @pytest.mark.parametrize(("executor", "function"), [(AsyncExecutor(), add_async), (ThreadExecutor(), add)])
 async def test_a_function_gets_its_arguments_and_its_result_comes_back(executor: Executor, function: Any) -> None:
     assert await executor.run(make_call(function, 2, two=40)) == 42
@@ -109,7 +118,7 @@ async def test_an_exit_from_a_thread_ends_neither_the_thread_nor_the_process(err
 
 async def test_threads_are_reused_and_never_more_than_the_slots() -> None:
     executor = ThreadExecutor(3)
-    before = live_threads()
+    before = await threads_before()
     for _ in range(20):
         await executor.run(make_call(add, 1))
     assert live_threads() == before + 1
@@ -122,7 +131,7 @@ async def test_threads_are_reused_and_never_more_than_the_slots() -> None:
 
 async def test_jobs_that_wait_have_a_thread_each_up_to_the_slots() -> None:
     executor = ThreadExecutor(8)
-    before = live_threads()
+    before = await threads_before()
     together, gate = threading.Barrier(9), threading.Event()
 
     def meet() -> None:
@@ -144,7 +153,7 @@ async def test_jobs_that_wait_have_a_thread_each_up_to_the_slots() -> None:
 
 async def test_short_jobs_are_done_by_a_few_threads() -> None:
     executor = ThreadExecutor(200)
-    before = live_threads()
+    before = await threads_before()
     for _ in range(5):
         await asyncio.gather(*[executor.run(make_call(add, number)) for number in range(200)])
     assert live_threads() - before < 100
@@ -153,7 +162,7 @@ async def test_short_jobs_are_done_by_a_few_threads() -> None:
 
 async def test_a_job_that_is_abandoned_before_it_began_never_runs_and_costs_no_thread() -> None:
     executor = ThreadExecutor(1)
-    before = live_threads()
+    before = await threads_before()
     hang, begun = threading.Event(), threading.Event()
     ran: list[int] = []
 
@@ -195,7 +204,7 @@ async def test_a_system_without_a_thread_to_give_does_the_work_with_those_it_has
 
 async def test_an_abandoned_thread_frees_its_slot_at_once_and_ends_after_its_call() -> None:
     executor = ThreadExecutor(1)
-    before = live_threads()
+    before = await threads_before()
     hang, begun = threading.Event(), threading.Event()
 
     def stuck() -> str:
@@ -220,7 +229,7 @@ async def test_an_abandoned_thread_frees_its_slot_at_once_and_ends_after_its_cal
 
 async def test_a_result_that_comes_as_its_task_is_cancelled_leaves_the_threads_counted_right() -> None:
     executor = ThreadExecutor(2)
-    before = live_threads()
+    before = await threads_before()
     for _ in range(30):
         ended = threading.Event()
         job = asyncio.create_task(executor.run(make_call(ended.set)))
