@@ -290,6 +290,22 @@ async def test_no_more_is_claimed_than_an_executor_has_slots_for(bench: Bench) -
     assert {task.name for task in await bench.claim({"thread": 2}, names=names)} == {"slow"}
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 64, 65, 512, 513, 1_100])
+async def test_a_turn_of_any_size_writes_each_of_its_rows_once(bench: Bench, number: int) -> None:
+    drafts = [make_draft() for _ in range(number)]
+    await bench.accept(*drafts)
+    claimed: list[Claimed] = []
+    while found := await bench.claim(number - len(claimed)) if len(claimed) < number else []:
+        claimed += found
+    assert {task.task_id for task in claimed} == {draft.task_id for draft in drafts}
+    result = await bench.turn(finishes=[make_finish(task, TaskStatus.SUCCESS, bench.now) for task in claimed])
+    assert result.refused == frozenset()
+    for draft in (drafts[0], drafts[-1]):
+        assert await bench.kinds(draft.task_id) == ["accepted", "started", "succeeded"]
+    assert len(await bench.backend.events_after(0, 10_000)) == 3 * number
+    await assert_counters_match_rows(bench.backend, bench.now)
+
+
 async def test_demand_is_met_over_several_turns_however_much_waits(bench: Bench) -> None:
     await bench.accept(*[make_draft(queue=f"q{number % 3}") for number in range(900)])
     claimed: list[Claimed] = []
