@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from app.taskflow.models import TaskFilter, TaskRecord, TaskStatus
+from app.taskflow.models import TaskEvent, TaskFilter, TaskRecord, TaskStatus
 from app.taskflow.web import views
 from app.taskflow.web.views import Search, parse_search
 
@@ -315,3 +315,21 @@ def test_an_error_has_the_name_of_its_class(trace: str | None, name: str) -> Non
 )
 def test_progress_is_told_as_far_as_the_task_said_so(progress: dict[str, object], words: str) -> None:
     assert views.progress_words(progress) == words
+
+
+@pytest.mark.parametrize(
+    ("actor", "detail", "words"),
+    [
+        ("ada", '{"schedule": "send_digest"}', "schedule send_digest"),
+        ("ada", '{"new_task_id": "0192", "note": null}', "new task id 0192"),
+        ("ada", "no JSON", "no JSON"),
+        ("ada", "[1]", "[1]"),
+        ("ada", None, ""),
+        (None, '{"code": 5}', '{"code": 5}'),
+    ],
+)
+def test_what_people_did_is_told_in_words_and_an_error_as_it_is(
+    actor: str | None, detail: str | None, words: str
+) -> None:
+    event = TaskEvent(1, "id", NOW, "run_schedule", None, None, actor, detail)
+    assert views.event_detail(event) == words

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from ..models import RETRYABLE, EventKind, TaskFilter, TaskRecord, TaskStatus
+from ..models import RETRYABLE, EventKind, TaskEvent, TaskFilter, TaskRecord, TaskStatus
 
 GLYPHS: Mapping[str, str] = {
     TaskStatus.PENDING: "○",
@@ -247,6 +247,20 @@ def first_line(text: str | None, limit: int = 120) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def event_detail(event: TaskEvent) -> str:
+    """What an event adds to its kind. What people did carries its facts as JSON, which is put in words."""
+    detail = event.detail or ""
+    if event.actor is None:
+        return detail
+    try:
+        facts = json.loads(detail)
+    except ValueError:
+        return detail
+    if not isinstance(facts, dict):
+        return detail
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value is not None)
+
+
 def pretty(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
@@ -381,6 +395,7 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "can_retry": can_retry,
     "clock": clock,
     "day_clock": day_clock,
+    "event_detail": event_detail,
     "first_line": first_line,
     "full": full,
     "glyph": glyph,
