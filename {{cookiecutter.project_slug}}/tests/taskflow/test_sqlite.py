@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import threading
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -260,6 +262,42 @@ async def test_a_commit_survives_a_power_loss(file: Path, spy: Spy) -> None:
     await backend.close()
     assert any(re.fullmatch(r"PRAGMA synchronous ?= ?FULL", sql) for sql in spy.statements)
     assert not any(re.match(r"PRAGMA synchronous ?= ?(NORMAL|OFF)", sql) for sql in spy.statements)
+
+
+def hog(file: Path, stop: threading.Event) -> None:
+    """A neighbour that lets go of the write lock for a moment only."""
+    with closing(sqlite3.connect(file, timeout=5, isolation_level=None)) as connection:
+        while not stop.is_set():
+            connection.execute("BEGIN IMMEDIATE")
+            sleep(0.05)
+            connection.execute("COMMIT")
+            sleep(0.004)
+
+
+async def test_a_busy_neighbour_does_not_keep_the_lock_to_itself(file: Path) -> None:
+    backend = open_backend(str(file))
+    await backend.open()
+    bench, stop = Bench(backend), threading.Event()
+    neighbour = threading.Thread(target=hog, args=(file, stop))
+    neighbour.start()
+    try:
+        for _ in range(15):
+            await bench.accept(make_draft())
+    finally:
+        stop.set()
+        neighbour.join()
+        await backend.close()
+
+
+async def test_a_lock_that_nobody_gives_back_is_unavailable(file: Path) -> None:
+    backend = open_backend(str(file))
+    await backend.open()
+    with closing(sqlite3.connect(file, isolation_level=None)) as neighbour:
+        neighbour.execute("BEGIN IMMEDIATE")
+        with pytest.raises(BackendUnavailable, match="locked"):
+            await Bench(backend).accept(make_draft())
+    await Bench(backend).accept(make_draft())
+    await backend.close()
 
 
 async def test_a_newer_schema_is_refused_and_left_as_it_is(file: Path) -> None:
