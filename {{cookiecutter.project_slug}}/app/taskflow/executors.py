@@ -20,9 +20,8 @@ from .registry import TaskDefinition
 from .threads import Crew, Job
 
 DEFAULT_ASYNC_SLOTS = 1_000
-DEFAULT_THREADS = 100
-"""Threads start when they are needed; they mostly wait for somebody else's server."""
-
+DEFAULT_THREADS = 200
+"""Calls at once. Short ones share a few threads; those that wait for somebody else's server have one each."""
 
 E = TypeVar("E", bound=BaseException)
 
