@@ -7,10 +7,13 @@ and brings the finish to the journal. User code runs here and nowhere else.
 from __future__ import annotations
 
 import asyncio
+import os
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 from . import codec
@@ -29,6 +32,8 @@ from .tracing import attempt_span
 LONGEST_ERROR = 4_000
 LONGEST_STACKTRACE = 32_000
 MOST_RETRY_LATER = 1_000
+OURS = str(Path(__file__).parent) + os.sep
+"""Where the code of the task system is, as its frames say."""
 UNLIMITED = asyncio.Timeout(None)
 """Never entered, so it never expires."""
 
@@ -267,7 +272,17 @@ def text_of(error: BaseException) -> str:
 
 
 def stack_of(error: BaseException) -> str:
+    """The traceback from the task's function on. How the task system got there tells its reader nothing, and takes as
+    long to format as the rest."""
     try:
-        return "".join(traceback.format_exception(error))
+        return "".join(traceback.format_exception(type(error), error, without_ours(error.__traceback__)))
     except Exception as broken:  # noqa: BLE001 - user code: an error class whose own attributes raise
         return f"{type(error).__name__}, whose traceback cannot be shown: {type(broken).__name__}\n"
+
+
+def without_ours(frames: TracebackType | None) -> TracebackType | None:
+    """What comes after the task system's own frames; all of them where nothing does."""
+    rest = frames
+    while rest is not None and rest.tb_frame.f_code.co_filename.startswith(OURS):
+        rest = rest.tb_next
+    return rest or frames

@@ -246,6 +246,41 @@ async def test_a_failure_is_told_with_its_text_and_its_place(stage: Stage) -> No
     assert "ValueError: no such address" in finish.stacktrace
 
 
+async def fail_later() -> None:
+    raise LookupError("gone")
+
+
+def fail_now() -> None:
+    raise LookupError("gone")
+
+
+@pytest.mark.parametrize("function", [fail_later, fail_now])
+async def test_a_stacktrace_begins_with_the_task_s_own_code(stage: Stage, function: Callable[[], Any]) -> None:
+    stacktrace = (await stage.run(function)).stacktrace or ""
+    header, first, *_ = stacktrace.splitlines()
+    assert header == "Traceback (most recent call last):"
+    assert first.startswith(f'  File "{__file__}", line ')
+    assert first.endswith(f", in {function.__name__}")
+
+
+async def test_a_stacktrace_of_the_task_system_alone_is_kept_whole(stage: Stage) -> None:
+    stage.registry.add(fail_now, TaskConfig())
+    finish = await stage.runner.run(stage.runner.attempt(claimed("fail_now", arguments="no call")))
+    assert finish.status is TaskStatus.FAILED
+    assert "UnreadableCall" in (finish.stacktrace or "")
+    assert "executors.py" in (finish.stacktrace or "")
+
+
+def test_an_attempt_on_the_calling_thread_comes_to_the_same(stage: Stage) -> None:
+    definition = stage.registry.add(fail_now, TaskConfig(retries=1, delay=5))
+    attempt = stage.runner.attempt(claimed("fail_now", max_attempts=2))
+    finish = stage.runner.run_here(attempt, definition)
+    assert (finish.status, finish.error) == (TaskStatus.PENDING, "gone")
+    assert finish.run_at == finish.at + timedelta(seconds=5)
+    assert (finish.stacktrace or "").splitlines()[1].startswith(f'  File "{__file__}", line ')
+    assert get_task_context() is None
+
+
 class Mute(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no words")
