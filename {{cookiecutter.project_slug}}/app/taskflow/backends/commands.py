@@ -37,7 +37,7 @@ from .base import (
 )
 from .ledger import Ledger
 from .rows import dumps_object, micros, moment, moved_of, status_of, stored_status
-from .statements import Cursor, Statements
+from .statements import Cursor, Statements, one_column
 from .tables import queue as queue_table
 from .tables import revoked, task
 from .timetable import Timetable
@@ -196,8 +196,7 @@ class Commands:
         self._ledger.ran_no_more(row)
 
     def _rescue(self, instances: Sequence[str]) -> Answer:
-        rows = json.dumps([[instance] for instance in instances])
-        lost = self._connection.execute(self._sql.lost, {"rows": rows}).all()
+        lost = self._connection.execute(self._sql.lost, {"rows": one_column(instances)}).all()
         for row in lost:
             crashes = row.crashes + 1
             if row.cancel_requested:
@@ -282,8 +281,7 @@ class Commands:
         return found[0] if found else None
 
     def rows(self, task_ids: Sequence[str]) -> Sequence[Row[Any]]:
-        rows = json.dumps([[task_id] for task_id in task_ids])
-        return self._connection.execute(self._sql.rows, {"rows": rows}).all()
+        return self._connection.execute(self._sql.rows, {"rows": one_column(task_ids)}).all()
 
     def _update(self, task_id: str, **values: object) -> None:
         self._connection.execute(sa.update(task).where(task.c.task_id == task_id).values(values))

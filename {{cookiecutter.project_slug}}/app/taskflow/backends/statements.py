@@ -8,7 +8,7 @@ a while. They run on the driver's own cursor.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import sqlalchemy as sa
@@ -139,6 +139,11 @@ class Prepared:
     def gathered(self, cursor: Cursor, **values: object) -> list[list[Any]]:
         """The rows of a query that gathers them in one cell."""
         return rows_of(self.cells(cursor, **values)[0])
+
+
+def one_column(values: Iterable[str]) -> str:
+    """As the JSON parameter of `Dialect.expand`."""
+    return json.dumps([[value] for value in values])
 
 
 def rows_of(cell: str) -> list[list[Any]]:

@@ -18,7 +18,7 @@ from ..models import EventKind, from_micros, schedule_subject, to_micros
 from .base import Answer, DeclaredSchedule, Draft, EditSchedule, Firing, Mark
 from .ledger import Ledger
 from .rows import micros
-from .statements import Cursor, Statements
+from .statements import Cursor, Statements, one_column
 from .tables import schedule
 
 Advance = tuple[str, int | None, int | None, int | None, str | None, int | None]
@@ -135,23 +135,18 @@ class Timetable:
     # -- rows
 
     def _marks(self, names: Sequence[str]) -> dict[str, Mark]:
-        found = self._sql.marks.gathered(self._cursor, rows=listed(names))
+        found = self._sql.marks.gathered(self._cursor, rows=one_column(names))
         return {name: Mark(from_micros(last_tick), bool(paused)) for name, last_tick, paused in found}
 
     def _live(self, names: Sequence[str]) -> set[str]:
         """Those of which a task waits or runs."""
         if not names:
             return set()
-        return {name for (name,) in self._sql.live_runs.gathered(self._cursor, rows=listed(names))}
+        return {name for (name,) in self._sql.live_runs.gathered(self._cursor, rows=one_column(names))}
 
     def _advance(self, rows: Sequence[Advance]) -> None:
         if rows:
             self._sql.advance.change(self._cursor, rows)
-
-
-def listed(names: Sequence[str]) -> str:
-    """As rows of one cell."""
-    return json.dumps([[name] for name in names])
 
 
 def facts_of(item: DeclaredSchedule) -> dict[str, str | bool]:

@@ -9,7 +9,6 @@ Where they do not, it raises `Mistaken`, is rolled back, and written once more w
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from .commands import Commands
 from .ledger import Ledger
 from .room import Levels, QueueBook, Room
 from .rows import dumps_object, first_claim, held_claim, micros, next_claim, stored_status
-from .statements import DRAFT_COLUMNS, FINISH_COLUMNS, Cursor, Prepared, Statements, rows_of
+from .statements import DRAFT_COLUMNS, FINISH_COLUMNS, Cursor, Prepared, Statements, one_column, rows_of
 from .tables import task
 
 CREATED_AT = DRAFT_COLUMNS.index(task.c.created_at)
@@ -325,7 +324,7 @@ class TurnWriter:
     def _ready(self, queue: str, names: set[str], waiting: Collection[str], most: int) -> list[list[Any]]:
         if names.issuperset(waiting):
             return self._sql.ready.gathered(self._cursor, queue=queue, most=most)
-        listed = json.dumps([[name] for name in sorted(names)])
+        listed = one_column(sorted(names))
         return self._sql.ready_named.gathered(self._cursor, queue=queue, most=most, names=listed)
 
     def _seize(self, chosen: Sequence[Claimed]) -> None:
