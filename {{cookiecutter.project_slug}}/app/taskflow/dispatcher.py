@@ -142,12 +142,12 @@ class Dispatcher:
         return [running for running in self._running.values() if running.cancel is not None]
 
     def _begin(self, task: Claimed) -> None:
-        kind = self._registry.executors.get(task.name, task.executor)
+        definition = self._registry.get(task.name)
+        kind = task.executor if definition is None else definition.executor
         running = Running(self._runner.attempt(task), kind)
         self._running[task.task_id] = running
         self._used[kind] += 1
-        context, loop = self._carried.of(task.task_id), asyncio.get_running_loop()
-        definition, executor = self._registry.get(task.name), self._executors[kind]
+        context, loop, executor = self._carried.of(task.task_id), asyncio.get_running_loop(), self._executors[kind]
         if definition is not None and definition.needs_only_a_thread and isinstance(executor, ThreadExecutor):
             self._hand_over(running, definition, executor, context, loop)
         else:

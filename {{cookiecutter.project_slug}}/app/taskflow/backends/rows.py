@@ -29,7 +29,12 @@ def stored_status(status: TaskStatus, run_at: datetime | None, now: datetime) ->
 
 
 def status_of(row: Row[Any]) -> TaskStatus:
-    return TaskStatus.PENDING if row.status == DELAYED else TaskStatus(row.status)
+    return shown_status(row.status)
+
+
+def shown_status(stored: str) -> TaskStatus:
+    """As readers see it: to them a delayed task is pending."""
+    return TaskStatus.PENDING if stored == DELAYED else TaskStatus(stored)
 
 
 def dumps_object(value: Mapping[str, Any]) -> str:
@@ -162,7 +167,7 @@ def schedule_of(row: Row[Any]) -> ScheduleState:
         next_tick=moment(row.next_tick),
         last_run=moment(row.last_run),
         last_task_id=row.last_task_id,
-        last_status=None if last is None else TaskStatus.PENDING if last == DELAYED else TaskStatus(last),
+        last_status=None if last is None else shown_status(last),
     )
 
 

@@ -42,7 +42,7 @@ from . import tables
 from .base import Beat, Instance, Turn, TurnResult
 from .pages import page_statement
 from .room import QueueBook
-from .rows import event_of, loads_object, one_off_of, record_of, schedule_of
+from .rows import event_of, loads_object, one_off_of, record_of, schedule_of, shown_status
 from .statements import STAGE_BATCH, Prepared, Statements, has_status
 from .tables import counter, event, log, revoked, task
 from .turn import Mistaken, TurnWriter
@@ -360,7 +360,7 @@ def merged_counts(rows: Sequence[tuple[str, str, str, int, int]]) -> Sequence[Co
     """Delayed tasks are pending ones to everybody but the claim."""
     found: dict[tuple[str, str, TaskStatus], Count] = {}
     for queue, name, stored, n, micros in rows:
-        status = TaskStatus.PENDING if stored == DELAYED else TaskStatus(stored)
+        status = shown_status(stored)
         count = found.get((queue, name, status), Count(queue, name, status, 0, 0.0))
         delayed = n if stored == DELAYED else 0
         found[queue, name, status] = replace(

@@ -90,8 +90,8 @@ class SqliteBackend(SqlBackend):
         return rows.columns(*(sa.column(column.name, column.type) for column in columns)).subquery("arriving")
 
     def prepare(self, statement: sa.Executable) -> Prepared:
-        kind = BulkStatement if ROW.search(str(statement)) else Prepared
-        return kind(statement, self.dialect)
+        prepared = super().prepare(statement)
+        return BulkStatement(statement, self.dialect) if ROW.search(prepared.sql) else prepared
 
     def gather(self, rows: sa.Subquery) -> sa.ColumnElement[str]:
         return sa.func.json_group_array(sa.func.json_array(*rows.c))
@@ -109,7 +109,8 @@ class BulkStatement(Prepared):
 
     def __init__(self, statement: sa.Executable, dialect: sa.Dialect) -> None:
         super().__init__(statement, dialect)
-        compiled = self.statement.compile(dialect=POSITIONAL)
+        assert isinstance(statement, sa.ClauseElement)
+        compiled = statement.compile(dialect=POSITIONAL)
         assert isinstance(compiled, SQLCompiler)
         assert compiled.positiontup is not None
         self._before, row, self._after = ROW.split(str(compiled))

@@ -113,7 +113,6 @@ class Prepared:
 
     def __init__(self, statement: sa.Executable, dialect: sa.Dialect) -> None:
         assert isinstance(statement, sa.ClauseElement)
-        self.statement = statement
         compiled = statement.compile(dialect=dialect)
         self.sql = str(compiled)
         self._constants = {name: value for name, value in compiled.params.items() if value is not None}

@@ -46,7 +46,7 @@ class QueueEdit(BaseModel, extra="forbid"):
         return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
 
 
-class QueuePause(BaseModel, extra="forbid"):
+class Pause(BaseModel, extra="forbid"):
     reason: Text | None = None
 
 
@@ -142,7 +142,7 @@ def add_queue_routes(router: APIRouter, site: Site) -> None:
         summary="Start nothing more of a queue",
         responses=shapes.UNKNOWN,
     )
-    async def pause(request: Request, name: str, why: Annotated[QueuePause | None, Body()] = None) -> Response:
+    async def pause(request: Request, name: str, why: Annotated[Pause | None, Body()] = None) -> Response:
         reason = why.reason if why else None
         return Json(records.queue_row(await store.pause_queue(name, actor_of(request), reason)))
 

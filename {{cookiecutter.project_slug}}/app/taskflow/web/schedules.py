@@ -16,6 +16,7 @@ from ..models import Cursor
 from . import records, shapes
 from .api import Text, invalid_query, next_link
 from .auth import actor_of
+from .operations import Pause
 from .records import Json
 from .route import ApiRoute
 from .site import Site
@@ -28,10 +29,6 @@ class OneOffQuery(BaseModel, extra="forbid"):
     def cursor(self) -> Cursor | None:
         """Raises ValueError."""
         return None if self.after is None else Cursor.parse(self.after)
-
-
-class SchedulePause(BaseModel, extra="forbid"):
-    reason: Text | None = None
 
 
 def schedules_router(site: Site) -> APIRouter:
@@ -65,7 +62,7 @@ def add_schedule_routes(router: APIRouter, site: Site) -> None:
         summary="Fire nothing more of a schedule",
         responses=shapes.UNKNOWN,
     )
-    async def pause(request: Request, name: str, why: Annotated[SchedulePause | None, Body()] = None) -> Response:
+    async def pause(request: Request, name: str, why: Annotated[Pause | None, Body()] = None) -> Response:
         reason = why.reason if why else None
         return Json(records.schedule_row(await schedules.pause(name, actor_of(request), reason)))
 
