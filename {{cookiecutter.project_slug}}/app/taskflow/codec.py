@@ -23,6 +23,8 @@ from zoneinfo import ZoneInfo
 import pydantic_core
 from pydantic import BaseModel
 
+from .errors import text_of
+
 MARK = "$"
 """Keys of tagged objects start with it; a dict whose own key does is written as pairs."""
 PLAIN = frozenset((str, int, bool, type(None)))
@@ -66,13 +68,16 @@ def decode(text: str) -> Any:
 
 
 def encode_result(value: object) -> str | None:
-    """The stored form of what a task returned; None for None. Raises CannotStore, also for what is too large."""
+    """The stored form of what a task returned; None for None. Raises CannotStore and nothing else, also for what is too
+    large."""
     if value is None:
         return None
     try:
         text = encode(value)
-    except RecursionError as error:
-        raise CannotStore(str(error)) from error
+    except CannotStore:
+        raise
+    except BaseException as error:  # user code: the attributes and methods of what was returned
+        raise CannotStore(f"{type(error).__name__}: {text_of(error)}") from error
     if len(text) > LARGEST_RESULT:
         raise CannotStore(f"{len(text)} characters, more than {LARGEST_RESULT}")
     return text

@@ -22,7 +22,7 @@ from .context import CarriedContexts
 from .executors import Executor, ThreadExecutor
 from .journal import Journal
 from .registry import TaskDefinition, TaskRegistry
-from .runner import Attempt, Failed, Interrupted, Runner, stopped
+from .runner import Attempt, Interrupted, Runner, stopped
 from .threads import Job
 
 logger = logging.getLogger("taskflow")
@@ -147,7 +147,15 @@ class Dispatcher:
         running = Running(self._runner.attempt(task), kind)
         self._running[task.task_id] = running
         self._used[kind] += 1
-        context, loop, executor = self._carried.of(task.task_id), asyncio.get_running_loop(), self._executors[kind]
+        try:
+            self._launch(running, definition)
+        except Exception as error:  # noqa: BLE001 - the net under user code: a task factory of its own, say
+            self._ended(running, self._runner.broken(running.attempt, error))
+
+    def _launch(self, running: Running, definition: TaskDefinition | None) -> None:
+        task = running.attempt.task
+        context, loop = self._carried.of(task.task_id), asyncio.get_running_loop()
+        executor = self._executors.get(running.kind)
         if definition is not None and definition.needs_only_a_thread and isinstance(executor, ThreadExecutor):
             self._hand_over(running, definition, executor, context, loop)
         else:
@@ -168,10 +176,7 @@ class Dispatcher:
         attempt = running.attempt
 
         def deliver(job: Job) -> None:
-            finish = job.result
-            if job.error is not None:
-                finish = self._runner.ended(attempt, definition.config, Failed(job.error, final=True))
-            self._ended(running, finish)
+            self._ended(running, job.result if job.error is None else self._runner.broken(attempt, job.error))
 
         def give_up() -> None:
             executor.abandon(job)

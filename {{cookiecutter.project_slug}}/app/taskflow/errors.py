@@ -7,6 +7,7 @@ test, a log line and an HTTP answer all read the same.
 from __future__ import annotations
 
 import inspect
+import math
 import signal
 
 from .models import TaskStatus
@@ -128,18 +129,41 @@ class RetryLater(Exception):
     """Raised by a task to be started again after `seconds`; spends no attempt."""
 
     def __init__(self, seconds: float) -> None:
-        if not 0 <= seconds < float("inf"):
-            raise ValueError(f"RetryLater(seconds={seconds!r}): seconds must be finite and not negative")
-        self.seconds = float(seconds)
-        super().__init__(f"retry in {seconds} s")
+        try:
+            self.seconds = float(seconds)
+        except (TypeError, ValueError, OverflowError):
+            self.seconds = math.nan
+        if not 0 <= self.seconds < math.inf:
+            raise ValueError(f"RetryLater(seconds={_shorten(seconds)}): seconds must be finite and not negative")
+        super().__init__(f"retry in {self.seconds:g} s")
 
 
 class CancelTask(Exception):
-    """Raised by a task to end itself as CANCELLED, whatever retries it has left."""
+    """Raised by a task to end itself as CANCELLED, whatever retries it has left. The reason is kept as its text."""
 
-    def __init__(self, reason: str = "cancelled by the task") -> None:
-        self.reason = reason
-        super().__init__(reason)
+    def __init__(self, reason: object = "cancelled by the task") -> None:
+        self.reason = text_of(reason)
+        super().__init__(self.reason)
+
+
+def signal_of(error: BaseException) -> RetryLater | CancelTask | None:
+    """What a task meant by raising this, if it is a signal: a class of its own may have an `__init__` of its own.
+
+    Raises ValueError for seconds that cannot be, and whatever its attributes raise.
+    """
+    if issubclass(type(error), RetryLater):
+        return RetryLater(getattr(error, "seconds", None))  # type: ignore[arg-type]
+    if issubclass(type(error), CancelTask):
+        return CancelTask(getattr(error, "reason", error))
+    return None
+
+
+def text_of(value: object) -> str:
+    """`str(value)`, or the name of its type where that says nothing. Raises nothing, whatever `__str__` does."""
+    try:
+        return str.__str__(str(value)) or type(value).__name__
+    except BaseException:  # noqa: BLE001 - user code: __str__
+        return type.__dict__["__name__"].__get__(type(value))  # type: ignore[no-any-return]
 
 
 def _ending(exit_code: int | None) -> str:
@@ -156,6 +180,6 @@ def _ending(exit_code: int | None) -> str:
 def _shorten(value: object) -> str:
     try:
         text = repr(value)
-    except Exception as error:  # noqa: BLE001 - a broken __repr__ must not hide the error that names the value
+    except BaseException as error:  # noqa: BLE001 - a broken __repr__ must not hide the error that names the value
         text = f"<{type(value).__name__}, whose repr raised {type(error).__name__}>"
     return text if len(text) <= 120 else text[:117] + "..."

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from . import codec
 from .context import TaskContext, current
-from .errors import TaskflowError, UnknownFunction
+from .errors import TaskflowError, UnknownFunction, signal_of, text_of
 from .executors import Call
 from .models import TaskConfig
 from .registry import TaskDefinition, TaskRegistry
@@ -169,20 +169,21 @@ def as_json(extra: Mapping[str, Any]) -> str:
 
 
 def raised(error: BaseException) -> Raised:
-    pickled = packed(error)
-    try:
-        text = str(error)
-    except Exception:  # noqa: BLE001 - user code: __str__
-        text, pickled = "", None
-    return Raised(type(error).__qualname__, text, trace_of(error), pickled)
+    meant = error
+    with suppress(BaseException):  # a signal whose own attributes raise crosses like any error, and is one
+        meant = signal_of(error) or error
+    return Raised(type(error).__qualname__, text_of(error), trace_of(error), packed(meant))
 
 
 def trace_of(error: BaseException) -> str:
     """As Python prints it, from the user's function on."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
-        frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames))[-LONGEST_TRACE:]
+    try:
+        frames = error.__traceback__
+        while frames is not None and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
+            frames = frames.tb_next
+        return "".join(traceback.format_exception(type(error), error, frames))[-LONGEST_TRACE:]
+    except BaseException as broken:  # noqa: BLE001 - user code: an error class whose own attributes raise
+        return f"the traceback cannot be shown: {type(broken).__name__}\n"
 
 
 def packed(error: BaseException) -> bytes | None:
@@ -193,7 +194,7 @@ def packed(error: BaseException) -> bytes | None:
             copy = pickle.loads(data)
             if type(copy) is type(error) and str(copy) == str(error):
                 return data
-        except Exception:  # noqa: BLE001 - user code: __reduce__, __init__, __str__
+        except BaseException:  # noqa: BLE001 - user code: __reduce__, __init__, __str__
             continue
     return None
 
@@ -219,7 +220,7 @@ def revive(kind: type[BaseException], args: tuple[Any, ...], state: Mapping[str,
 def can_cross(value: object) -> bool:
     try:
         pickle.loads(pickle.dumps(value))
-    except Exception:  # noqa: BLE001 - user code: __reduce__
+    except BaseException:  # noqa: BLE001 - user code: __reduce__
         return False
     return True
 

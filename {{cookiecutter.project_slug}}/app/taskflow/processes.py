@@ -81,7 +81,7 @@ class ProcessExecutor:
             reply, began = await self._ask(self._hire(), request, call)
         match reply:
             case Returned(text):
-                return None if text is None else codec.decode(text)
+                return None if text is None else result_of(text, call.context)
             case Raised():
                 raise rebuilt(reply) from WorkerTraceback(reply.trace)
             case Lost(exit_code):
@@ -292,12 +292,21 @@ def layers(function: TaskFunction) -> int:
     )
 
 
+def result_of(text: str, context: TaskContext) -> Any:
+    """What the worker encoded; None, with a word in the task's log, for what does not come back: the task succeeded."""
+    try:
+        return codec.decode(text)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        context.sink.log(context, "warning", f"the result was not stored: {error}", {})
+        return None
+
+
 def rebuilt(reply: Raised) -> BaseException:
     """The exception that the worker sent; a stand-in where it cannot be had here."""
     if reply.pickled is not None:
         try:
             error = pickle.loads(reply.pickled)
-        except Exception:  # noqa: BLE001 - user code: __reduce__, __init__
+        except BaseException:  # noqa: BLE001 - user code: __reduce__, __init__
             error = None
         if isinstance(error, BaseException):
             return error

@@ -7,6 +7,7 @@ and brings the finish to the journal. User code runs here and nowhere else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import traceback
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from .backends.base import Claimed, Finish
 from .cipher import Cipher, PlainText
 from .context import BoundedWords, TaskContext, TaskSink, current
 from .dependencies import Injector
-from .errors import CancelTask, RetryLater, UnknownFunction, UnreadableCall
+from .errors import CancelTask, RetryLater, UnreadableCall, signal_of, text_of
 from .executors import Call, Executor, carried, is_a
 from .journal import clean
 from .models import EventKind, TaskConfig, TaskStatus
@@ -107,18 +108,18 @@ class Runner:
         return Attempt(task, context, words)
 
     async def run(self, attempt: Attempt) -> Finish:
-        """Runs the attempt to its end and says what to write. Raises nothing that the task can cause."""
+        """Runs the attempt to its end and says what to write. Raises nothing."""
         task = attempt.task
         try:
             definition = self._registry.named(task.name)
-        except UnknownFunction as error:
-            return self.ended(attempt, TaskConfig(), Failed(error, final=True))
-        with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
-            outcome = await self._outcome(attempt, definition)
-        return self.ended(attempt, definition.config, outcome)
+            with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
+                outcome = await self._outcome(attempt, definition)
+            return self.ended(attempt, definition.config, outcome)
+        except BaseException as error:  # noqa: BLE001 - the net under user code: its objects may raise wherever we look
+            return self.broken(attempt, error)
 
     def run_here(self, attempt: Attempt, definition: TaskDefinition) -> Finish:
-        """The same on the calling thread, for a function that `needs_only_a_thread`."""
+        """The same on the calling thread, for a function that `needs_only_a_thread`; what it raises is for `broken`."""
         task = attempt.task
         with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
             outcome = self._outcome_here(attempt, definition)
@@ -129,6 +130,13 @@ class Runner:
         attempt.words.close(attempt.context)
         finish = decide(attempt.task, config, outcome, self._clock())
         return finish if self.retries_wait or finish.run_at is None else finish._replace(run_at=finish.at)
+
+    def broken(self, attempt: Attempt, error: BaseException) -> Finish:
+        """What to write of an attempt that could not be started, or whose end could not be told: it failed, for good.
+
+        Every attempt ends: one that did not would keep its slot, and its task would be RUNNING for ever.
+        """
+        return failed(attempt.task, error, None, self._clock())
 
     def _outcome_here(self, attempt: Attempt, definition: TaskDefinition) -> Outcome:
         current.set(attempt.context)
@@ -194,10 +202,11 @@ class Runner:
 
 def outcome_of(error: BaseException, attempt: Attempt) -> Outcome:
     """What an attempt came to that raised this."""
-    if is_a(error, RetryLater):
-        return Postponed(error.seconds)
-    if is_a(error, CancelTask):
-        return Cancelled(error.reason)
+    match signal_of(error):
+        case RetryLater(seconds=seconds):
+            return Postponed(seconds)
+        case CancelTask(reason=reason):
+            return Cancelled(reason)
     if is_a(error, UnreadableCall):
         return Failed(error, final=True)
     return stopped(attempt) or Failed(error)
@@ -224,7 +233,7 @@ def decide(task: Claimed, config: TaskConfig, outcome: Outcome, now: datetime) -
         case Succeeded(result):
             return Finish(task, EventKind.SUCCEEDED, TaskStatus.SUCCESS, now, result=result)
         case Cancelled(reason):
-            return Finish(task, EventKind.CANCELLED, TaskStatus.CANCELLED, now, error=reason)
+            return Finish(task, EventKind.CANCELLED, TaskStatus.CANCELLED, now, error=clean(reason[:LONGEST_ERROR]))
         case Interrupted() if task.requeue:
             return Finish(task, EventKind.RESCUED, TaskStatus.PENDING, now, run_at=now, excused=True)
         case Interrupted():
@@ -244,8 +253,9 @@ def retry_time(task: Claimed, config: TaskConfig, error: BaseException, now: dat
         return None
     try:
         seconds = seconds_until_retry(config, error, task.attempt - task.excused - 1)
-    except Exception as broken:  # noqa: BLE001 - the predicate is user code: what it could not judge is not retried
-        error.add_note(f"retry_on raised {type(broken).__name__}: {broken}")
+    except BaseException as broken:  # noqa: BLE001 - the predicate is user code: what it could not judge is not retried
+        with contextlib.suppress(BaseException):  # so is the error
+            error.add_note(f"retry_on raised {type(broken).__name__}: {text_of(broken)}")
         return None
     return None if seconds is None else now + timedelta(seconds=seconds)
 
@@ -263,21 +273,13 @@ def failed(task: Claimed, error: BaseException, retry_at: datetime | None, now: 
     )
 
 
-def text_of(error: BaseException) -> str:
-    """`str(error)`, or its type where that says nothing."""
-    try:
-        return str(error) or type(error).__name__
-    except Exception:  # noqa: BLE001 - user code: __str__
-        return type(error).__name__
-
-
 def stack_of(error: BaseException) -> str:
     """The traceback from the task's function on. How the task system got there tells its reader nothing, and takes as
     long to format as the rest."""
     try:
         return "".join(traceback.format_exception(type(error), error, without_ours(error.__traceback__)))
-    except Exception as broken:  # noqa: BLE001 - user code: an error class whose own attributes raise
-        return f"{type(error).__name__}, whose traceback cannot be shown: {type(broken).__name__}\n"
+    except BaseException as broken:  # noqa: BLE001 - user code: an error class whose own attributes raise
+        return f"the traceback cannot be shown: {type(broken).__name__}\n"
 
 
 def without_ours(frames: TracebackType | None) -> TracebackType | None:
