@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .__main__ import ROOT, environment
 
@@ -99,8 +99,8 @@ def stand_in_for_the_clock(clock_file: str) -> None:
 
     class Stepped(datetime):
         @classmethod
-        def now(cls, tz: tzinfo | None = None) -> datetime:
-            return datetime.now(tz) + timedelta(seconds=float(Path(clock_file).read_text()))
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) + timedelta(seconds=float(Path(clock_file).read_text()))
 
     if clock_file:
         vars(clock)["datetime"] = Stepped
