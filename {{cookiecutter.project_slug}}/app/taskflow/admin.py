@@ -8,11 +8,17 @@ apps in one process keep apart.
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
+from fastapi.dependencies.models import Dependant
 from fastapi.dependencies.utils import get_parameterless_sub_dependant
 from fastapi.params import Depends as DependsParam
-from fastapi.routing import APIRoute
+from fastapi.routing import APIRoute, APIWebSocketRoute, iter_route_contexts
+from starlette.routing import Match
+from starlette.types import Scope
 
 from .errors import TaskflowError
 from .host import install_error_handlers
@@ -33,7 +39,7 @@ from .web.visits import Visits
 def manage_present_routes(app: FastAPI, depends: DependsParam) -> None:
     """Puts the dependency first on every route that the app has."""
     for route in app.router.routes:
-        if isinstance(route, APIRoute):
+        if isinstance(route, APIRoute | APIWebSocketRoute):
             route.dependencies.insert(0, depends)
             route.dependant.dependencies.insert(
                 0, get_parameterless_sub_dependant(depends=depends, path=route.path_format)
@@ -48,14 +54,47 @@ def manage_included(router: APIRouter, dependencies: list[DependsParam], depends
     router._mark_routes_changed()
 
 
+def takes_tasks(dependant: Dependant, accept_tasks: Callable[..., Any]) -> bool:
+    """Whether a route, or anything it depends on, asks for `BackgroundTasks`. Who asks for ours by name has it."""
+    return dependant.background_tasks_param_name is not None or any(
+        takes_tasks(asked, accept_tasks) for asked in dependant.dependencies if asked.call is not accept_tasks
+    )
+
+
+def spare_other_routes(app: FastAPI, accept_tasks: Callable[..., Any]) -> None:
+    """Takes the dependency from the routes that ask for no tasks. A route that comes later keeps it.
+
+    With overrides nobody can say what a route asks for.
+    """
+    for route in [] if app.dependency_overrides else iter_route_contexts(app.routes):
+        dependant = getattr(route, "dependant", None)
+        if dependant is not None and not takes_tasks(dependant, accept_tasks):
+            dependant.dependencies = [asked for asked in dependant.dependencies if asked.call is not accept_tasks]
+
+
+class RouterBelow(APIRouter):
+    """A router of which everything is below one path. Requests for other paths pass it by at once: FastAPI would try
+    each of its routes, and the app's own routes would pay for that."""
+
+    def __init__(self, path: str, lifespan: Callable[[Any], Any]) -> None:
+        super().__init__(lifespan=lifespan)
+        self.path = path
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        path, root = scope["path"], scope.get("root_path", "")
+        if path.startswith(self.path) or (root and path.startswith(root + self.path)):
+            return super().matches(scope)
+        return Match.NONE, {}
+
+
 class TaskAdmin:
     """Adds the task system to an app: API and dashboard under `path`, start and stop with the app.
 
     With `auto_install` every `BackgroundTasks` of the app's routes is managed, whether a route was added before or
-    comes later. `auth` is a (username, password), a list of them, or a `TaskAuthBackend`; without it the admin answers
-    this machine only, and not at all in production. `token_expiry` is the seconds a login lasts, `secret_key` signs it:
-    give all processes the same. `poll_interval` is the seconds after which an open page refreshes itself although it
-    was told of no change.
+    comes later; routes that ask for none are left alone once the app has started. `auth` is a (username, password), a
+    list of them, or a `TaskAuthBackend`; without it the admin answers this machine only, and not at all in production.
+    `token_expiry` is the seconds a login lasts, `secret_key` signs it: give all processes the same. `poll_interval` is
+    the seconds after which an open page refreshes itself although it was told of no change.
     """
 
     def __init__(
@@ -87,7 +126,8 @@ class TaskAdmin:
         self.path = path
         site = Site(task_manager, path, title, display_func_args, poll_interval)
         visits = Visits(task_manager.store, task_manager.journal)
-        router = web_router(site, Gate(backend, Sessions(secret_key or None, token_expiry), visits))
+        router = web_router(site, Gate(backend, Sessions(secret_key or None, token_expiry), visits), self._lifespan)
+        self._managed_app = app if auto_install else None
         depends = Depends(task_manager.accept_tasks, scope="function")
         if auto_install:
             manage_present_routes(app, depends)
@@ -96,10 +136,17 @@ class TaskAdmin:
             app.router.dependencies.insert(0, depends)
         install_error_handlers(app)
 
+    @asynccontextmanager
+    async def _lifespan(self, app: Any) -> AsyncIterator[None]:
+        if self._managed_app is not None:
+            spare_other_routes(self._managed_app, self.task_manager.accept_tasks)
+        async with self.task_manager.lifespan(app):
+            yield
 
-def web_router(site: Site, gate: Gate) -> APIRouter:
-    """Everything below the path. Its lifespan is the manager's."""
-    router = APIRouter(lifespan=site.manager.lifespan)
+
+def web_router(site: Site, gate: Gate, lifespan: Callable[[Any], Any]) -> APIRouter:
+    """Everything below the path."""
+    router = RouterBelow(site.path, lifespan)
     feed = Feed(site.manager.store, site.manager.journal)
     renderer = Renderer(site, asks_for_login=gate.asks_for_login)
     session = [Depends(gate.admit)]

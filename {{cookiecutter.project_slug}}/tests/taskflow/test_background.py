@@ -215,6 +215,34 @@ def test_routers_included_before_and_after_are_managed(service: Service, include
     assert [answer.json().get("task_id") for answer in answers] == [task_id for task_id, _ in service.stored()]
 
 
+def test_a_route_added_while_the_app_runs_is_managed(service: Service) -> None:
+    router = APIRouter()
+    service.app.include_router(router, prefix="/included")
+    service.install()
+    with service.client() as client:
+        service.route("/own")
+        service.route("/add", on=router)
+        ids = [client.post(path).json()["task_id"] for path in ("/own", "/included/add")]
+    assert service.stored() == [(task_id, "success") for task_id in ids]
+
+
+def test_a_dependency_s_override_that_asks_for_tasks_gets_managed_ones(service: Service) -> None:
+    service.install()
+
+    async def notify() -> None: ...
+
+    @service.app.post("/add")
+    async def add(_: Annotated[None, Depends(notify)]) -> None: ...
+
+    def add_task(tasks: BackgroundTasks) -> None:
+        tasks.add_task(service.note, "from an override")
+
+    service.app.dependency_overrides[notify] = add_task
+    post(service, "/add")
+    assert service.ran == ["from an override"]
+    assert [status for _, status in service.stored()] == ["success"]
+
+
 def test_a_task_is_accepted_once_however_often_its_router_is_included(service: Service) -> None:
     router = APIRouter()
     service.route("/add", on=router)
