@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from app.taskflow import TaskAdmin, TaskManager, get_task_context
+from app.taskflow.background import LEFT_AFTER_THE_ROUTE
 from app.taskflow.models import Cursor, TaskFilter
 from fastapi import BackgroundTasks, FastAPI
 from starlette.requests import HTTPConnection
@@ -29,11 +30,11 @@ class Session:
 
     async def request(self, kind: str, count: int) -> None:
         """What one request with `count` tasks costs: the dependency's way in, `add_task`, and its way out."""
-        dependency = self.manager.accept_tasks(HTTPConnection({"type": "http", "headers": []}), BackgroundTasks())
-        background_tasks = await anext(dependency)
-        for number in range(count):
-            background_tasks.add_task(self.tasks[kind], number)
-        await anext(dependency, None)
+        async with AsyncExitStack() as left_after_the_route:
+            scope = {"type": "http", "headers": [], LEFT_AFTER_THE_ROUTE: left_after_the_route}
+            background_tasks = await self.manager.get_tasks(HTTPConnection(scope), BackgroundTasks())
+            for number in range(count):
+                background_tasks.add_task(self.tasks[kind], number)
 
     async def finished(self) -> int:
         metrics = await self.manager.store.metrics()

@@ -54,22 +54,24 @@ def manage_included(router: APIRouter, dependencies: list[DependsParam], depends
     router._mark_routes_changed()
 
 
-def takes_tasks(dependant: Dependant, accept_tasks: Callable[..., Any]) -> bool:
-    """Whether a route, or anything it depends on, asks for `BackgroundTasks`. Who asks for ours by name has it."""
+def takes_tasks(dependant: Dependant, get_tasks: Callable[..., Any]) -> bool:
+    """Whether a route, or anything it depends on, asks for `BackgroundTasks`. Who asks for `get_tasks` has them."""
     return dependant.background_tasks_param_name is not None or any(
-        takes_tasks(asked, accept_tasks) for asked in dependant.dependencies if asked.call is not accept_tasks
+        takes_tasks(asked, get_tasks) for asked in dependant.dependencies if asked.call is not get_tasks
     )
 
 
-def spare_other_routes(app: FastAPI, accept_tasks: Callable[..., Any]) -> None:
+def spare_other_routes(app: FastAPI, get_tasks: Callable[..., Any]) -> None:
     """Takes the dependency from the routes that ask for no tasks. A route that comes later keeps it.
 
     With overrides nobody can say what a route asks for.
     """
     for route in [] if app.dependency_overrides else iter_route_contexts(app.routes):
         dependant = getattr(route, "dependant", None)
-        if dependant is not None and not takes_tasks(dependant, accept_tasks):
-            dependant.dependencies = [asked for asked in dependant.dependencies if asked.call is not accept_tasks]
+        if dependant is not None and not takes_tasks(dependant, get_tasks):
+            dependant.dependencies = [
+                asked for asked in dependant.dependencies if asked.call is not get_tasks or asked.name is not None
+            ]
 
 
 class RouterBelow(APIRouter):
@@ -128,7 +130,7 @@ class TaskAdmin:
         visits = Visits(task_manager.store, task_manager.journal)
         router = web_router(site, Gate(backend, Sessions(secret_key or None, token_expiry), visits), self._lifespan)
         self._managed_app = app if auto_install else None
-        depends = Depends(task_manager.accept_tasks, scope="function")
+        depends = Depends(task_manager.get_tasks)
         if auto_install:
             manage_present_routes(app, depends)
         app.include_router(router)  # between the two: our own routes bring no tasks
@@ -139,7 +141,7 @@ class TaskAdmin:
     @asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         if self._managed_app is not None:
-            spare_other_routes(self._managed_app, self.task_manager.accept_tasks)
+            spare_other_routes(self._managed_app, self.task_manager.get_tasks)
         async with self.task_manager.lifespan(app):
             yield
 

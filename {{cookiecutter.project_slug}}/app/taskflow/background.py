@@ -1,25 +1,33 @@
 """`background_tasks.add_task(...)`: tasks that a request brings, accepted before its response starts.
 
-Owns the request's side. A dependency with `scope="function"` turns the request's own `BackgroundTasks` object into a
-`ManagedBackgroundTasks`; FastAPI resumes it after the route returned and before the first byte of the response, and
-there it waits for the commit. A route that raises drops its tasks, as FastAPI drops plain ones.
+Owns the request's side. A dependency turns the request's own `BackgroundTasks` object into a `ManagedBackgroundTasks`
+and puts it on FastAPI's stack of what is left after the route returned and before the first byte of the response; there
+it waits for the commit. A route that raises drops its tasks, as FastAPI drops plain ones.
+
+A websocket has no such moment: its tasks are accepted as they are added, and what it sends waits until they are.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from datetime import datetime
+from types import TracebackType
 from typing import Any
 
-from fastapi import BackgroundTasks, Depends
+from fastapi import BackgroundTasks, WebSocket
 from starlette.requests import HTTPConnection
+from starlette.types import Message
 
 from .backends.base import Draft
 from .errors import BackendUnavailable, TaskflowError
 from .store import AddOptions, TaskStore
+
+LEFT_AFTER_THE_ROUTE = "fastapi_function_astack"
+"""Where FastAPI keeps the stack of a request's dependencies with `scope="function"`. One that yields costs each request
+three times as much as being put there."""
 
 
 class ManagedBackgroundTasks(BackgroundTasks):
@@ -33,7 +41,11 @@ class ManagedBackgroundTasks(BackgroundTasks):
     _loop: asyncio.AbstractEventLoop
     _traceparent: str | None
     _drafts: list[Draft] | None
-    _started: list[Future[None]]
+    """What waits for the route's end; None once it has come."""
+    _started: set[Future[None]]
+    """What was not to wait, and is not known to be durable yet."""
+    _talks: bool
+    """True where there is no response for which tasks could wait: a websocket."""
 
     def add_task(  # type: ignore[override]
         self,
@@ -58,46 +70,83 @@ class ManagedBackgroundTasks(BackgroundTasks):
         options = AddOptions(idempotency_key, tags, priority, queue, delay_seconds, run_at, self._traceparent)
         draft = self._store.draft(func, args, kwargs, options)
         if (refusal := self._store.refusal(draft, self._drafts)) is not None:
-            self._drafts.append(draft._replace(rejected_by=refusal.limit))
+            self._keep(draft._replace(rejected_by=refusal.limit), self._drafts)
             raise refusal
         if eager if eager is not None else self._store.is_eager(func):
-            self._started.append(asyncio.run_coroutine_threadsafe(self._store.accept([draft]), self._loop))
+            self._start(draft)
         else:
-            self._drafts.append(draft)
+            self._keep(draft, self._drafts)
         return draft.task_id
 
+    def _keep(self, draft: Draft, drafts: list[Draft]) -> None:
+        if self._talks:
+            self._start(draft)
+        else:
+            drafts.append(draft)
 
-def request_dependencies(store: TaskStore) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The dependency that accepts a request's tasks, and one that returns them: for routers, and for `Depends(...)`."""
+    def _start(self, draft: Draft) -> None:
+        started = asyncio.run_coroutine_threadsafe(self._store.accept([draft]), self._loop)
+        self._started.add(started)
+        started.add_done_callback(self._durable)
 
-    async def accept_tasks(
-        request: HTTPConnection, background_tasks: BackgroundTasks
-    ) -> AsyncIterator[ManagedBackgroundTasks]:
+    def _durable(self, started: Future[None]) -> None:
+        if not started.cancelled() and started.exception() is None:
+            self._started.discard(started)
+
+    async def settled(self) -> None:
+        """Returns when all that was started is durable. Raises the first error of what could not be."""
+        while started := tuple(self._started):
+            waits = asyncio.gather(*map(asyncio.wrap_future, started), return_exceptions=True)
+            outcomes = await asyncio.shield(waits)  # a sender that gives up takes no task back
+            self._started.difference_update(started)
+            for error in outcomes:
+                if error is not None:
+                    raise error
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        """The route has returned, or raised."""
+        drafts, self._drafts = self._drafts or [], None
+        if error is None:
+            if self._started:
+                await self.settled()
+            if drafts:
+                await self._store.accept(drafts)
+        elif refused := [draft for draft in drafts if draft.rejected_by is not None]:
+            with contextlib.suppress(BackendUnavailable):  # the route's own error is the one to tell
+                await self._store.accept(refused)
+
+
+def speaks_when_durable(socket: WebSocket, settled: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """What the route sends may hold the id of any task that it added before."""
+    send = socket.send
+
+    async def send_after(message: Message) -> None:
+        await settled()
+        await send(message)
+
+    socket.send = send_after  # type: ignore[method-assign]
+
+
+def request_dependency(store: TaskStore) -> Callable[..., Any]:
+    """The dependency that manages a request's tasks and returns them: for routers, and for `Depends(...)`."""
+
+    async def get_tasks(connection: HTTPConnection, background_tasks: BackgroundTasks) -> ManagedBackgroundTasks:
+        if isinstance(background_tasks, ManagedBackgroundTasks) and background_tasks._store is store:
+            return background_tasks
         background_tasks.__class__ = ManagedBackgroundTasks
         assert isinstance(background_tasks, ManagedBackgroundTasks)
         tasks = background_tasks
         tasks._store = store
         tasks._loop = asyncio.get_running_loop()
-        tasks._traceparent = request.headers.get("traceparent")
-        tasks._started = []
-        drafts: list[Draft] = []
-        tasks._drafts = drafts
-        try:
-            yield tasks
-        except BaseException:
-            tasks._drafts = None
-            if refused := [draft for draft in drafts if draft.rejected_by is not None]:
-                with contextlib.suppress(BackendUnavailable):  # the route's own error is the one to tell
-                    await store.accept(refused)
-            raise
-        tasks._drafts = None
-        for started in tasks._started:
-            await asyncio.wrap_future(started)
-        if drafts:
-            await store.accept(drafts)
-
-    async def get_tasks(tasks: Any = Depends(accept_tasks, scope="function")) -> ManagedBackgroundTasks:
-        assert isinstance(tasks, ManagedBackgroundTasks)
+        tasks._traceparent = connection.headers.get("traceparent")
+        tasks._drafts = []
+        tasks._started = set()
+        tasks._talks = isinstance(connection, WebSocket)
+        if isinstance(connection, WebSocket):
+            speaks_when_durable(connection, tasks.settled)
+        connection.scope[LEFT_AFTER_THE_ROUTE].push_async_exit(tasks)
         return tasks
 
-    return accept_tasks, get_tasks
+    return get_tasks

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, WebSocket
 from fastapi.responses import JSONResponse
+from starlette.websockets import WebSocketState
 
 from .errors import (
     BackendUnavailable,
@@ -36,6 +37,9 @@ STATUS_CODES: dict[type[TaskflowError], int] = {
     UnreadableCall: 409,
 }
 
+LONGEST_REASON = 123
+"""Bytes: what a websocket's close message has room for."""
+
 
 def join_lifespan(app: FastAPI, lifespan: Callable[[Any], Any]) -> None:
     """Enters `lifespan` inside the app's own: after its start-up, and left before its shutdown."""
@@ -45,12 +49,22 @@ def join_lifespan(app: FastAPI, lifespan: Callable[[Any], Any]) -> None:
 def install_error_handlers(app: FastAPI) -> None:
     """What a route lets through becomes the answer its name promises, not a 500."""
     for error in STATUS_CODES:
-        app.add_exception_handler(error, answer_error)
+        app.add_exception_handler(error, answer_error)  # type: ignore[arg-type]
 
 
-def answer_error(_request: Request, error: Exception) -> JSONResponse:
+async def answer_error(connection: Request | WebSocket, error: Exception) -> JSONResponse | None:
+    if isinstance(connection, WebSocket) and connection.application_state is not WebSocketState.CONNECTING:
+        await end_talk(connection, error)
+        return None
     headers = {}
     if isinstance(error, BackendUnavailable | QueueFullError):
         headers["Retry-After"] = str(BackendUnavailable.retry_after)
     status = next(code for kind, code in STATUS_CODES.items() if isinstance(error, kind))
     return JSONResponse({"detail": str(error)}, status, headers)
+
+
+async def end_talk(socket: WebSocket, error: Exception) -> None:
+    """1013 is "try again later", 1008 "against the rules"."""
+    if socket.application_state is WebSocketState.CONNECTED:
+        reason = str(error).encode()[:LONGEST_REASON].decode(errors="ignore")
+        await socket.close(1013 if isinstance(error, BackendUnavailable | QueueFullError) else 1008, reason)

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from .backends import Backend, open_backend
 from .backends.base import Turn
-from .background import request_dependencies
+from .background import request_dependency
 from .cipher import make_cipher
 from .clock import Clock
 from .context import CarriedContexts
@@ -141,7 +141,7 @@ class TaskManager:
         self.requeue_pending = requeue_pending
         self.runs_tasks = True
         """False in a process that only accepts: its tasks are run by others."""
-        self.accept_tasks, self.get_tasks = request_dependencies(self.store)
+        self.get_tasks = request_dependency(self.store)
         self._housekeeping: Housekeeping | None = None
 
     @property

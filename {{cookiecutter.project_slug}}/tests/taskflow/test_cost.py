@@ -81,8 +81,9 @@ def test_a_route_that_takes_no_tasks_does_not_pay_for_those_that_do(admin: str, 
     assert calls_of_one_request(make_app(admin, routed=routed)) <= alone + MOST_EXTRA_CALLS
 
 
-def test_the_dependency_is_taken_from_routes_by_what_this_version_of_fastapi_shows() -> None:
-    """Included routers and dependants are FastAPI's own affair. With another version, read `admin.py` beside it."""
+def test_what_is_used_of_fastapi_s_inside_is_what_this_version_has() -> None:
+    """Included routers, dependants and the stack in the scope are FastAPI's own affair. With another version, read
+    `admin.py` and `background.py` beside it: this test fails to say so."""
     assert fastapi.__version__.startswith("0.165.")
     app = make_app("before, auto_install", routed="router")
     with TestClient(app):
