@@ -23,7 +23,8 @@ from starlette.types import Message
 
 from .backends.base import Draft
 from .errors import BackendUnavailable, TaskflowError
-from .store import AddOptions, TaskStore
+from .options import AddOptions
+from .store import TaskStore
 
 LEFT_AFTER_THE_ROUTE = "fastapi_function_astack"
 """Where FastAPI keeps the stack of a request's dependencies with `scope="function"`. One that yields costs each request

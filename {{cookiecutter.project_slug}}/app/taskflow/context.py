@@ -13,6 +13,8 @@ from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from .texts import amount, cut, level_name, readable
+
 MOST_LINES = 1_000
 """Log lines that one attempt may store; one more says how many it lost."""
 LONGEST_LINE = 10_000
@@ -43,11 +45,11 @@ class TaskContext:
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
         """Says how far the task is; the newest word is kept and shown."""
-        value: dict[str, Any] = {"done": done}
+        value: dict[str, Any] = {"done": amount(done)}
         if total is not None:
-            value["total"] = total
+            value["total"] = amount(total)
         if message is not None:
-            value["message"] = str(message)
+            value["message"] = readable(message)
         self.sink.progress(self, value)
 
 
@@ -63,7 +65,7 @@ class BoundedWords:
 
     def log(self, context: TaskContext, level: str, message: str, extra: Mapping[str, Any]) -> None:
         if next(self._lines) < MOST_LINES:
-            self._sink.log(context, level, message[:LONGEST_LINE], extra)
+            self._sink.log(context, level, cut(message, LONGEST_LINE), extra)
 
     def progress(self, context: TaskContext, value: Mapping[str, Any]) -> None:
         self._sink.progress(context, value)
@@ -111,4 +113,4 @@ def task_log(message: str, *, level: str = "info", **extra: Any) -> None:
     """Adds a line to the running task's stored log. Outside a task it does nothing."""
     context = current.get()
     if context is not None:
-        context.sink.log(context, level, str(message), extra)
+        context.sink.log(context, level_name(level), readable(message, LONGEST_LINE), extra)

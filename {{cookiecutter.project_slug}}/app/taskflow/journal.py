@@ -26,6 +26,7 @@ from .context import TaskContext
 from .errors import BackendUnavailable, QueueFullError, TaskflowError
 from .loops import Loop, pause_after
 from .models import QueueState
+from .texts import clean, fields_text
 
 logger = logging.getLogger("taskflow")
 
@@ -219,7 +220,7 @@ class Journal:
             clean(level),
             context.attempt,
             clean(message),
-            extra,
+            fields_text(extra),
             context.func_name,
             context.tags,
         )
@@ -231,7 +232,7 @@ class Journal:
     def progress(self, context: TaskContext, value: Mapping[str, Any]) -> None:
         """From any thread. Only the newest word of each task waits."""
         with self._words:
-            self._progress[context.task_id] = Progress(context.task_id, context.attempt + 1, value)
+            self._progress[context.task_id] = Progress(context.task_id, context.attempt + 1, fields_text(value))
         self.wake()
 
     # -- the loop
@@ -418,8 +419,3 @@ def verdict(drafts: Sequence[Draft], result: TurnResult) -> QueueFullError | Non
 def without_texts(finish: Finish) -> Finish:
     """What remains of a finish whose texts the database does not take: how it ended."""
     return finish._replace(result=None, error=finish.error and "(the error text could not be stored)", stacktrace=None)
-
-
-def clean(text: str) -> str:
-    """Without what databases refuse in text: NUL and lone surrogates."""
-    return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\N{REPLACEMENT CHARACTER}")

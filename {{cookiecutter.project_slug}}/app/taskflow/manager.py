@@ -35,12 +35,13 @@ from .journal import Journal
 from .loggers import FileLogger
 from .models import DEFAULT_QUEUE, ExecutorKind, QueueConfig, RetryOn, ScheduledOnce, TaskConfig, TaskOptions
 from .observers import ObserverChain
+from .options import AddOptions
 from .processes import ProcessExecutor, refuse_in_starting_worker
 from .registry import TaskRegistry
 from .runner import Runner
 from .scheduler import PeriodicScheduler
 from .schedules import Plan, Schedules
-from .store import AddOptions, TaskStore
+from .store import TaskStore
 from .ticks import Misfire, checked_misfire, make_trigger
 from .transactions import enlist
 

@@ -12,10 +12,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
+
+from .texts import name_text, tag_texts
+
+T = TypeVar("T")
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DEFAULT_QUEUE = "default"
+MOST_RETRIES = 1_000_000
 
 
 class TaskStatus(StrEnum):
@@ -132,7 +137,12 @@ class TaskConfig:
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for option, name in (("name", self.name), ("queue", self.queue)):
+            if name is not None:
+                _checked(option, name, name_text)
+        object.__setattr__(self, "tags", _checked("tags", self.tags, tag_texts))
         _require(isinstance(self.retries, int) and self.retries >= 0, "retries", self.retries, "0 or more")
+        _require(self.retries <= MOST_RETRIES, "retries", self.retries, f"at most {MOST_RETRIES:,}")
         _require(_finite(self.delay) and self.delay >= 0, "delay", self.delay, "0 or more seconds")
         _require(_finite(self.backoff) and self.backoff > 0, "backoff", self.backoff, "above 0")
         for option, value in (("max_delay", self.max_delay), ("timeout", self.timeout)):
@@ -179,6 +189,7 @@ class QueueConfig:
     def __post_init__(self) -> None:
         for option, value in (("concurrency", self.concurrency), ("max_size", self.max_size)):
             _require(value is None or (isinstance(value, int) and value >= 1), option, value, "None or 1 and more")
+            _require((value or 0) < 2**31, option, value, "a 32-bit integer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,6 +423,13 @@ def to_micros(moment: datetime) -> int:
 
 def from_micros(micros: int) -> datetime:
     return EPOCH + timedelta(microseconds=micros)
+
+
+def _checked(option: str, value: object, rule: Callable[[object], T]) -> T:
+    try:
+        return rule(value)
+    except ValueError as error:
+        raise ValueError(f"{option}={value!r}: {error}") from error
 
 
 def _finite(value: object) -> bool:

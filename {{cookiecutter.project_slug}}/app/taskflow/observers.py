@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import json
 import logging
 import threading
 from collections import deque
@@ -356,7 +357,7 @@ def log_event(line: LogLine) -> LogEvent:
         timestamp=line.at,
         attempt=line.attempt,
         tags=line.tags,
-        extra=line.extra,
+        extra=json.loads(line.extra),
     )
 
 

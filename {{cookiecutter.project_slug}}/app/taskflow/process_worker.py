@@ -11,7 +11,6 @@ import contextvars
 import ctypes
 import importlib
 import io
-import json
 import multiprocessing
 import os
 import pickle
@@ -31,6 +30,7 @@ from .errors import TaskflowError, UnknownFunction, signal_of, text_of
 from .executors import Call
 from .models import TaskConfig
 from .registry import TaskDefinition, TaskRegistry
+from .texts import fields_text
 
 LONGEST_TRACE = 32_000
 """Characters; the end of a traceback says most."""
@@ -141,7 +141,7 @@ class PipeSink:
         self._lock = threading.Lock()
 
     def log(self, context: TaskContext, level: str, message: str, extra: Mapping[str, Any]) -> None:
-        self._send(Said(str(level), message, as_json(extra)))
+        self._send(Said(level, message, fields_text(extra)))
 
     def progress(self, context: TaskContext, value: Mapping[str, Any]) -> None:
         self._send(Progressed(value))
@@ -156,13 +156,6 @@ class PipeSink:
         with self._lock:
             if self._pipe is not None:
                 self._pipe.send(message)
-
-
-def as_json(extra: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(extra, default=str)
-    except (TypeError, ValueError, RecursionError):  # keys that are no text, a circle
-        return json.dumps({str(key): repr(value) for key, value in extra.items()})
 
 
 # -- exceptions

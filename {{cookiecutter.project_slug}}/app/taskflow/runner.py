@@ -24,10 +24,10 @@ from .context import BoundedWords, TaskContext, TaskSink, current
 from .dependencies import Injector
 from .errors import CancelTask, RetryLater, UnreadableCall, signal_of, text_of
 from .executors import Call, Executor, carried, is_a
-from .journal import clean
 from .models import EventKind, TaskConfig, TaskStatus
 from .registry import TaskDefinition, TaskRegistry
 from .retry import LONGEST_DELAY, seconds_until_retry
+from .texts import clean
 from .tracing import attempt_span
 
 LONGEST_ERROR = 4_000

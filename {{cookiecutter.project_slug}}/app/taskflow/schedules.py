@@ -16,12 +16,12 @@ from .backends.base import Backend, CancelScheduled, DeclaredSchedule, Draft, Ed
 from .errors import BadSchedule, ScheduleNotFound, TaskflowError, UnknownFunction
 from .journal import Journal
 from .models import EventKind, ScheduledOnce, ScheduleState, TaskConfig
+from .options import AddOptions, checked, moment
 from .registry import TaskFunction, TaskRegistry
-from .store import AddOptions, TaskStore
+from .store import TaskStore
+from .texts import key_text, readable
 from .ticks import Misfire, Trigger
 
-LONGEST_KEY = 512
-"""Characters of a run_key."""
 ONE_OFF_PAGE = 500
 
 
@@ -150,7 +150,8 @@ class Schedules:
 
     async def pause(self, name: str, actor: str | None = None, reason: str | None = None) -> ScheduleState:
         """Fires nothing more of it, on any instance. Raises ScheduleNotFound."""
-        return await self._edit(EditSchedule(name, EventKind.PAUSE_SCHEDULE, True, reason, actor))
+        why = None if reason is None else readable(reason)
+        return await self._edit(EditSchedule(name, EventKind.PAUSE_SCHEDULE, True, why, actor))
 
     async def resume(self, name: str, actor: str | None = None) -> ScheduleState:
         """Ticks that came while it was paused are no misfires. Raises ScheduleNotFound."""
@@ -186,22 +187,22 @@ class Schedules:
     ) -> str:
         """The id of a task that waits for its time, in place of whatever waited under its key.
 
-        Raises TaskArgumentError, TaskflowError for a time or a key that cannot be, QueueFullError, BackendUnavailable.
+        Raises TaskArgumentError, QueueFullError, BackendUnavailable.
         """
-        if not isinstance(options.run_at, datetime):
-            raise TaskflowError(f"run_at={options.run_at!r}: must be a datetime with a time zone")
-        if (problem := key_problem(run_key)) is not None:
-            raise TaskflowError(f"run_key={run_key!r:.80}: {problem}")
-        draft = self._store.draft(function, args, kwargs, options)
+        name = self._registry.of(function).name
+        run_at, run_key = checked(name, "run_at", options.run_at, moment), checked(name, "run_key", run_key, key_text)
+        draft = self._store.draft(function, args, kwargs, options._replace(run_at=run_at))
         draft = draft._replace(source="scheduled", run_key=run_key)
         await self._journal.obey(Supersede(draft), [draft])
         return draft.task_id
 
     async def cancel_once(self, run_key: str, actor: str | None = None) -> bool:
         """Whether anything waited under that key. It will not run."""
-        if key_problem(run_key) is not None:
+        try:
+            key = key_text(run_key)
+        except ValueError:
             return False
-        return (await self._journal.obey(CancelScheduled(run_key, actor))).changed > 0
+        return (await self._journal.obey(CancelScheduled(key, actor))).changed > 0
 
     async def one_offs(
         self, before: datetime | None = None, after: tuple[datetime, str] | None = None, limit: int = ONE_OFF_PAGE
@@ -219,12 +220,3 @@ class Schedules:
             found += page
             place = (page[-1].fire_at, page[-1].task_id)
         return found
-
-
-def key_problem(run_key: str) -> str | None:
-    """Why a key could not be stored, or asked for."""
-    if not isinstance(run_key, str) or not run_key or len(run_key) > LONGEST_KEY:
-        return f"must be a string of 1 to {LONGEST_KEY} characters"
-    if "\0" in run_key or any("\ud800" <= character <= "\udfff" for character in run_key):
-        return "must not contain NUL or half a surrogate pair"
-    return None

@@ -11,8 +11,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from datetime import datetime
+from typing import Any
 from uuid import UUID, uuid5
 
 import uuid_utils
@@ -25,7 +25,6 @@ from .errors import (
     QueueFullError,
     QueueNotFound,
     TaskFailed,
-    TaskflowError,
     TaskNotFound,
     TaskStateError,
     UnknownFunction,
@@ -49,38 +48,25 @@ from .models import (
     TaskStatus,
     to_micros,
 )
+from .options import NO_OPTIONS, AddOptions, key_of, priority_of, queue_of, start_of, tags_of
 from .registry import TaskDefinition, TaskFunction, TaskRegistry
+from .texts import key_text, readable
 from .tracing import current_traceparent
 
 logger = logging.getLogger("taskflow")
 
 KEY_NAMESPACE = UUID("6f2d7c1e-3b0a-5c0e-9a53-1d5f0f6a8f11")
-"""Ids of tasks with an idempotency key are uuid5 of this and "name:key": equal keys meet in one row, everywhere."""
+"""Ids of tasks with an idempotency key are uuid5 of this and "name:key": equal keys meet in one row, everywhere. In the
+name "%" is written "%25" and ":" is written "%3A", so that no two names share an id."""
 TICK_NAMESPACE = UUID("0d9b6c2f-51c4-5a7e-8f0a-7c3e2b9d4a61")
-"""Ids of a schedule's ticks are uuid5 of this and "name:microseconds"."""
+"""Ids of a schedule's ticks are uuid5 of this and "name:microseconds"; what follows the last colon is the number."""
 RESULT_POLL = 1.0
 """Seconds between looks at a task that may run in another process."""
-MOST_TAG_CHARACTERS = 256
 MOST_NOTED_IDS = 100
 RETRY_BATCH = 500
 PURGE_BATCH = 500
 MOST_UNKNOWN_QUEUES = 100
 """Names of undeclared queues that are remembered, each warned about once."""
-
-
-class AddOptions(NamedTuple):
-    """What a caller may say about one task, beyond its arguments. None means: as the decorator says."""
-
-    idempotency_key: str | None = None
-    tags: Mapping[str, str] | None = None
-    priority: int | None = None
-    queue: str | None = None
-    delay_seconds: float | None = None
-    run_at: datetime | None = None
-    traceparent: str | None = None
-
-
-NO_OPTIONS = AddOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +122,11 @@ class TaskStore:
     ) -> Draft:
         """A task as its caller wants it, checked and encoded. Raises TaskArgumentError or TaskflowError."""
         definition = self._registry.of(function)
-        task_id = self._new_id(definition.name, options.idempotency_key)
+        key = key_of(definition.name, options)
+        task_id = new_id() if key is None else key_id(definition.name, key)
         arguments = definition.encode(args, kwargs)
         self._carried.keep(task_id)
-        return self._describe(definition, task_id, arguments, options)
+        return self._describe(definition, task_id, arguments, options, key)
 
     def run_of(self, schedule: str, arguments: str, tick: datetime | None) -> Draft:
         """A run of a schedule, for one of its ticks or for now. Equal ticks have equal ids, on every instance.
@@ -147,8 +134,9 @@ class TaskStore:
         Its `run_at` is the tick and its `created_at` the time it was fired: the list of tasks stays in order, and the
         difference from tick to start is how late it was.
         """
-        task_id = self._new_id(schedule, None) if tick is None else tick_id(schedule, tick)
-        return self._describe(self._registry.named(schedule), task_id, arguments, NO_OPTIONS, schedule, tick)
+        task_id = new_id() if tick is None else tick_id(schedule, tick)
+        definition = self._registry.named(schedule)
+        return self._describe(definition, task_id, arguments, NO_OPTIONS, schedule=schedule, tick=tick)
 
     def _describe(
         self,
@@ -156,25 +144,27 @@ class TaskStore:
         task_id: str,
         arguments: str,
         options: AddOptions,
+        key: str | None = None,
+        *,
         schedule: str | None = None,
         tick: datetime | None = None,
     ) -> Draft:
-        config, now = definition.config, self._clock()
+        name, config, now = definition.name, definition.config, self._clock()
         return Draft(
             task_id=task_id,
-            name=definition.name,
-            queue=self._known_queue(options.queue or config.queue or DEFAULT_QUEUE),
-            priority=options.priority if options.priority is not None else config.priority,
+            name=name,
+            queue=self._known_queue(queue_of(name, options) or config.queue or DEFAULT_QUEUE),
+            priority=priority_of(name, options, config.priority),
             executor=definition.executor,
             max_attempts=definition.max_attempts,
             created_at=now,
-            run_at=tick or start_time(options, now),
-            arguments=self._cipher.seal(arguments, task_id, definition.name),
-            tags=checked_tags(config.tags, options.tags),
+            run_at=tick or start_of(name, options, now),
+            arguments=self._cipher.seal(arguments, task_id, name),
+            tags=tags_of(name, options, config.tags),
             requeue=config.requeue_on_interrupt,
             source="manual" if schedule is None else "scheduled",
             schedule=schedule,
-            key=options.idempotency_key,
+            key=key,
             trace=current_traceparent(options.traceparent),
         )
 
@@ -206,14 +196,11 @@ class TaskStore:
         """Returns once they are durable. Raises BackendUnavailable or QueueFullError."""
         await self._journal.accept(drafts)
 
-    def _new_id(self, name: str, key: str | None) -> str:
-        return str(uuid_utils.uuid7()) if key is None else str(uuid5(KEY_NAMESPACE, f"{name}:{key}"))
-
     # -- questions
 
     async def get(self, task_id: str) -> TaskRecord:
         """Raises TaskNotFound."""
-        record = await self._backend.get(task_id)
+        record = await self._backend.get(known_id(task_id))
         if record is None:
             raise TaskNotFound(task_id)
         return record
@@ -229,13 +216,13 @@ class TaskStore:
 
     async def events(self, task_id: str) -> Sequence[TaskEvent]:
         """Oldest first. Raises TaskNotFound."""
-        await self.get(task_id)
-        return await self._backend.events(task_id)
+        record = await self.get(task_id)
+        return await self._backend.events(record.task_id)
 
     async def logs(self, task_id: str, after: int = 0, limit: int = 1_000) -> Sequence[LogEntry]:
         """Oldest first, those with a higher `seq` than `after`. Raises TaskNotFound."""
-        await self.get(task_id)
-        return await self._backend.logs(task_id, after, limit)
+        record = await self.get(task_id)
+        return await self._backend.logs(record.task_id, after, limit)
 
     async def events_after(self, seq: int, limit: int = 1_000) -> Sequence[TaskEvent]:
         """Of all tasks, oldest first."""
@@ -320,7 +307,7 @@ class TaskStore:
 
         Raises TaskNotFound, TaskStateError when it has ended, BackendUnavailable.
         """
-        answer = await self._journal.obey(Cancel(task_id, actor))
+        answer = await self._journal.obey(Cancel(known_id(task_id), actor))
         if answer.before is None:
             raise TaskNotFound(task_id)
         if answer.before.terminal:
@@ -338,7 +325,7 @@ class TaskStore:
         definition = self._registry.named(record.func_name)
         if not self._retry_replaces_original:
             return await self._retry_as_new(record, definition, actor)
-        answer = await self._journal.obey(Requeue(task_id, definition.max_attempts, actor))
+        answer = await self._journal.obey(Requeue(record.task_id, definition.max_attempts, actor))
         if not answer.changed:
             raise TaskStateError(task_id, answer.before or record.status, "retried")
         return await self.get(task_id)
@@ -346,7 +333,7 @@ class TaskStore:
     async def _retry_as_new(self, record: TaskRecord, definition: TaskDefinition, actor: str | None) -> TaskRecord:
         now = self._clock()
         draft = Draft(
-            task_id=self._new_id(record.func_name, None),
+            task_id=new_id(),
             name=record.func_name,
             queue=record.queue,
             priority=record.priority,
@@ -446,7 +433,8 @@ class TaskStore:
 
     async def pause_queue(self, name: str, actor: str | None = None, reason: str | None = None) -> QueueState:
         """Starts nothing more of it; what runs goes on. Raises QueueNotFound."""
-        return await self._change_queue(name, EventKind.PAUSE_QUEUE, {"paused": True, "reason": reason}, actor, reason)
+        why = None if reason is None else readable(reason)
+        return await self._change_queue(name, EventKind.PAUSE_QUEUE, {"paused": True, "reason": why}, actor, why)
 
     async def resume_queue(self, name: str, actor: str | None = None) -> QueueState:
         """Raises QueueNotFound."""
@@ -479,31 +467,21 @@ class TaskStore:
         return codec.decode(self._cipher.open(record.result, record.task_id, record.func_name))
 
 
+def known_id(task_id: object) -> str:
+    """An id as it would be stored. Raises TaskNotFound for what cannot be one."""
+    try:
+        return key_text(task_id)
+    except ValueError:
+        raise TaskNotFound(readable(task_id)) from None
+
+
+def new_id() -> str:
+    return str(uuid_utils.uuid7())
+
+
+def key_id(name: str, key: str) -> str:
+    return str(uuid5(KEY_NAMESPACE, f"{name.replace('%', '%25').replace(':', '%3A')}:{key}"))
+
+
 def tick_id(schedule: str, tick: datetime) -> str:
     return str(uuid5(TICK_NAMESPACE, f"{schedule}:{to_micros(tick)}"))
-
-
-def start_time(options: AddOptions, now: datetime) -> datetime:
-    """When the task may start. Raises TaskflowError for a time without zone, or for both ways of giving one."""
-    if options.run_at is not None:
-        if options.delay_seconds is not None:
-            raise TaskflowError("run_at and delay_seconds exclude each other")
-        if options.run_at.tzinfo is None:
-            raise TaskflowError(f"run_at={options.run_at!r}: needs a time zone, e.g. datetime.now(UTC)")
-        return max(now, options.run_at)
-    seconds = options.delay_seconds or 0.0
-    if not 0 <= seconds < 10 * 366 * 86_400:
-        raise TaskflowError(f"delay_seconds={seconds!r}: must be between 0 and ten years")
-    return now + timedelta(seconds=seconds) if seconds else now
-
-
-def checked_tags(defaults: Mapping[str, str], tags: Mapping[str, str] | None) -> Mapping[str, str]:
-    if not defaults and not tags:
-        return {}
-    merged = {**defaults, **(tags or {})}
-    for key, value in merged.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise TaskflowError(f"tags: {key!r}={value!r}: keys and values must be strings")
-        if len(key) > MOST_TAG_CHARACTERS or len(value) > MOST_TAG_CHARACTERS:
-            raise TaskflowError(f"tags: {key[:40]!r}: keys and values hold at most {MOST_TAG_CHARACTERS} characters")
-    return merged

@@ -390,7 +390,7 @@ async def test_a_line_that_is_far_too_long_is_cut(start_manager: StartManager) -
     task_id = await manager.enqueue(talk)
     await manager.result(task_id, PATIENCE)
     (line,) = await manager.store.logs(task_id)
-    assert line.message == "x" * context_module.LONGEST_LINE
+    assert line.message == "x" * (context_module.LONGEST_LINE - 1) + "…"
 
 
 @pytest.mark.parametrize("name", ["work", "thread_work"])

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import uuid5
 
 import pytest
 from fastapi import Depends, FastAPI
@@ -13,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from app.taskflow import ManagedBackgroundTasks, QueueConfig, QueueFullError, TaskManager, TaskStatus
 from app.taskflow.models import TaskFilter
+from app.taskflow.store import KEY_NAMESPACE
 
 from .conftest import StartManager
 from .helpers import PATIENCE, assert_counters_match_rows, eventually
@@ -201,6 +203,29 @@ async def test_a_task_that_succeeded_waits_or_was_cancelled_is_left_as_it_is(
         await manager.enqueue(task(manager), "again", idempotency_key=key)
     assert [await manager.store.get(task_id) for task_id in (done, waits, cancelled)] == before
     assert payments.calls == ["done"]
+
+
+@pytest.mark.parametrize(("one", "other"), [("mail", "mail:refund"), ("a:b", "a%3Ab"), ("a%3A", "a:"), ("%", "%25")])
+async def test_no_two_pairs_of_name_and_key_share_an_id(start_manager: StartManager, one: str, other: str) -> None:
+    manager = await start_manager()
+
+    async def first() -> None: ...
+
+    async def second() -> None: ...
+
+    manager.task(name=one)(first)
+    manager.task(name=other)(second)
+    keys = ["7", "refund:7", ":7", "b:7", "%3A7", "5:7"]
+    ids = [await manager.enqueue(function, idempotency_key=key) for function in (first, second) for key in keys]
+    assert len(set(ids)) == len(ids)
+
+
+async def test_the_id_of_a_plain_name_and_key_is_what_it_always_was(
+    start_manager: StartManager, payments: Payments
+) -> None:
+    manager = await start_manager(payments.define)
+    paid = await manager.enqueue(task(manager), 1, idempotency_key="order:7")
+    assert paid == str(uuid5(KEY_NAMESPACE, "pay:order:7"))
 
 
 async def test_the_same_key_for_another_function_is_another_task(

@@ -8,9 +8,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "app" / "taskflow"
 ORDER = [
+    "texts",
     "models",
     "clock",
     "errors",
+    "options",
     "codec",
     "cipher",
     "retry",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.anyio
 
 
 def make_line(n: int = 0, *, level: str = "info") -> LogLine:
-    return LogLine("the id", START, level, 0, f"line {n}", {"n": n}, "job", {"colour": "red"})
+    return LogLine("the id", START, level, 0, f"line {n}", json.dumps({"n": n}), "job", {"colour": "red"})
 
 
 def statuses(memory: InMemoryLogger) -> list[str]:

@@ -810,11 +810,11 @@ async def test_a_one_off_that_is_due_at_once_is_refused_by_a_full_queue(start_ma
     ("options", "words"),
     [
         ({"run_at": datetime(2026, 1, 1), "run_key": "key"}, "needs a time zone"),
-        ({"run_at": None, "run_key": "key"}, "must be a datetime"),
-        ({"run_at": NOON, "run_key": ""}, "run_key=''"),
+        ({"run_at": None, "run_key": "key"}, "needs a time zone: a datetime"),
+        ({"run_at": NOON, "run_key": ""}, "'run_key' = '': must have 1 to 512"),
         ({"run_at": NOON, "run_key": "x" * 513}, "1 to 512 characters"),
         ({"run_at": NOON, "run_key": "a\0b"}, "NUL"),
-        ({"run_at": NOON, "run_key": 7}, "run_key=7"),
+        ({"run_at": NOON, "run_key": 7.5}, "'run_key' = 7.5: must be a string, an int or a UUID"),
     ],
 )
 async def test_a_one_off_that_cannot_be_is_refused_with_the_reason(

@@ -92,8 +92,8 @@ async def live(bench: Bench) -> None:
     bench.pass_time(2)
     one, two, three, four, *_ = await bench.claim(10)
     await bench.turn(
-        logs=[LogLine(one.task_id, bench.now, "info", 0, "hello", {})],
-        progress=[Progress(one.task_id, 1, {"done": 1})],
+        logs=[LogLine(one.task_id, bench.now, "info", 0, "hello")],
+        progress=[Progress(one.task_id, 1, '{"done": 1}')],
     )
     await bench.finish(one)
     await bench.finish(two, TaskStatus.PENDING, run_at=bench.now + timedelta(seconds=5))

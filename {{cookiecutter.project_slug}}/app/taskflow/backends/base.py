@@ -102,7 +102,8 @@ class LogLine:
     level: str
     attempt: int
     message: str
-    extra: Mapping[str, Any]
+    extra: str = "{}"
+    """A JSON object."""
     func_name: str = ""
     """For observers; neither this nor the tags are stored with the line."""
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -112,7 +113,8 @@ class LogLine:
 class Progress:
     task_id: str
     attempt: int
-    value: Mapping[str, Any]
+    value: str
+    """A JSON object."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from ..models import DELAYED, RETRYABLE, EventKind, QueueConfig, TaskStatus, to_micros
+from ..texts import fields_text
 from .base import (
     Answer,
     Cancel,
@@ -86,7 +87,7 @@ class Commands:
             case Purge(before, limit):
                 return self._purge(to_micros(before), limit)
             case Note(kind, actor, detail, task_id, at):
-                self._ledger.event(kind, task_id, at=micros(at), actor=actor or "", detail=json.dumps(detail))
+                self._ledger.event(kind, task_id, at=micros(at), actor=actor or "", detail=fields_text(detail))
                 return Answer(changed=1)
             case Revoke(session_id, expires):
                 return self._revoke(session_id, to_micros(expires))

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy.engine import Row
 
 from ..models import EventKind, to_micros
+from ..texts import readable
 from .room import Levels
 from .statements import Cursor, Statements
 
@@ -50,6 +51,7 @@ class Ledger:
     ) -> None:
         """`attempt` is the number of started attempts; the event counts it from 0."""
         number = None if attempt is None else attempt - 1
+        actor = actor and readable(actor)  # as an authentication of the team's own named them
         self._events.append((task_id, at or self._at, str(kind), number, self._instance, actor, detail))
 
     def move(self, queue: str, name: str, before: str | None, after: str | None) -> None:

@@ -343,13 +343,12 @@ class TurnWriter:
 
     def _write_logs(self, lines: Sequence[LogLine]) -> None:
         rows = [
-            (line.task_id, to_micros(line.at), line.level, line.attempt, line.message, dumps_object(line.extra))
-            for line in lines
+            (line.task_id, to_micros(line.at), line.level, line.attempt, line.message, line.extra) for line in lines
         ]
         self._bulk(self._sql.logs, rows)
 
     def _write_progress(self, progress: Sequence[Progress]) -> None:
-        rows = [(item.task_id, item.attempt, self._turn.instance, dumps_object(item.value)) for item in progress]
+        rows = [(item.task_id, item.attempt, self._turn.instance, item.value) for item in progress]
         self._bulk(self._sql.progress, rows)
 
     def _bulk(self, statement: Prepared, rows: Sequence[Sequence[Any]]) -> None:

@@ -18,9 +18,10 @@ from time import monotonic
 
 from ..backends.base import Note, Revoke
 from ..errors import BackendUnavailable
-from ..journal import Journal, clean
+from ..journal import Journal
 from ..models import EventKind, utc_now
 from ..store import TaskStore
+from ..texts import clean
 
 logger = logging.getLogger("taskflow")
 
