@@ -17,7 +17,7 @@ from functools import partial
 from time import monotonic
 from typing import Literal
 
-from .backends.base import Claimed, Demand, Finish, TurnResult
+from .backends.base import AttemptId, Claimed, Demand, Finish, TurnResult
 from .context import CarriedContexts
 from .executors import Executor, ThreadExecutor
 from .journal import Journal
@@ -39,10 +39,13 @@ class Running:
     """Ends it before its time; None once it has ended and its finish is on the way to the disk."""
 
     def stop(self, by: Literal["operator", "shutdown"], *, interrupt: bool) -> None:
-        """Tells the function that it should stop and, with `interrupt`, cancels what awaits it."""
+        """Tells the function that it should stop and, with `interrupt`, cancels what awaits it: once for an operator,
+        however often he asks, because it may be cleaning up, and once more for the shutdown."""
         if self.cancel is None or self.attempt.closing:  # what is being closed must not be left half open
             return
-        self.attempt.stopped_by = by
+        if by == "operator" and self.attempt.stopped_by is not None:
+            return
+        self.attempt.stopped_by = self.attempt.stopped_by or by
         self.attempt.context.cancelled = True
         if interrupt:  # not before its first step: a coroutine that never began could not say how it ended
             asyncio.get_running_loop().call_soon(self._interrupt)
@@ -66,7 +69,7 @@ class Dispatcher:
         self._executors = executors
         self._runner = runner
         self._journal = journal
-        self._running: dict[str, Running] = {}
+        self._running: dict[AttemptId, Running] = {}
         self._used: Counter[str] = Counter()
         self._claiming = False
 
@@ -76,21 +79,22 @@ class Dispatcher:
         """Free slots, or None when there are none or no more tasks are to be started."""
         if not self._claiming:
             return None
-        freed = Counter(self._running[finish.task.task_id].kind for finish in finishes)
+        ending = (self._running.get(finish.task.attempt_id) for finish in finishes)
+        freed = Counter(running.kind for running in ending if running is not None)
         slots = {kind: executor.slots - self._used[kind] + freed[kind] for kind, executor in self._executors.items()}
         if not any(free > 0 for free in slots.values()):
             return None
         return Demand(self._registry.executors, slots)
 
-    def held(self) -> frozenset[str]:
+    def held(self) -> frozenset[AttemptId]:
         return frozenset(self._running)
 
     def turned(self, finishes: Sequence[Finish], result: TurnResult) -> None:
         """One turn is committed: its finishes leave their slots, its claims start."""
         for finish in finishes:
-            self._release(finish, lost=finish.task.task_id in result.refused)
-        for task_id in result.stopping:
-            self.cancel(task_id)
+            self._release(finish, lost=finish.task.attempt_id in result.refused)
+        for attempt_id in result.stopping:
+            self.cancel(attempt_id)
         for task in result.claimed:
             self._begin(task)
 
@@ -113,9 +117,9 @@ class Dispatcher:
     def claiming(self) -> bool:
         return self._claiming
 
-    def cancel(self, task_id: str) -> bool:
+    def cancel(self, attempt_id: AttemptId) -> bool:
         """Asks a running attempt to stop: a coroutine is cancelled, a thread is told. False when it is not here."""
-        running = self._running.get(task_id)
+        running = self._running.get(attempt_id)
         if running is None or running.cancel is None:
             return False
         running.stop("operator", interrupt=running.kind != "thread")
@@ -145,7 +149,7 @@ class Dispatcher:
         definition = self._registry.get(task.name)
         kind = task.executor if definition is None else definition.executor
         running = Running(self._runner.attempt(task), kind)
-        self._running[task.task_id] = running
+        self._running[task.attempt_id] = running
         self._used[kind] += 1
         try:
             self._launch(running, definition)
@@ -190,9 +194,9 @@ class Dispatcher:
         self._journal.finish(finish)
 
     def _release(self, finish: Finish, *, lost: bool) -> None:
-        if finish.status.terminal or lost:
+        if finish.status.terminal and not lost:  # what is lost to another attempt may be one of this process
             self._carried.forget(finish.task.task_id)
-        running = self._running.pop(finish.task.task_id, None)
+        running = self._running.pop(finish.task.attempt_id, None)
         if running is not None:
             self._used[running.kind] -= 1
         if lost:

@@ -217,8 +217,8 @@ class Housekeeping:
         await asyncio.sleep(CANCEL_INTERVAL)
         if self._dispatcher.running:
             with contextlib.suppress(BackendUnavailable):
-                for task_id in await self._backend.cancels(self._me.instance_id):
-                    self._dispatcher.cancel(task_id)
+                for attempt_id in await self._backend.cancels(self._me.instance_id):
+                    self._dispatcher.cancel(attempt_id)
 
     async def _drop_pending(self) -> None:
         """With `requeue_pending=False`: what an earlier run left waiting is cancelled, unless others serve it."""

@@ -21,7 +21,19 @@ from datetime import datetime
 from time import monotonic
 from typing import Any, Protocol
 
-from .backends.base import Answer, Backend, Command, Demand, Draft, Finish, LogLine, Progress, Turn, TurnResult
+from .backends.base import (
+    Answer,
+    AttemptId,
+    Backend,
+    Command,
+    Demand,
+    Draft,
+    Finish,
+    LogLine,
+    Progress,
+    Turn,
+    TurnResult,
+)
 from .context import TaskContext
 from .errors import BackendUnavailable, QueueFullError, TaskflowError
 from .loops import Loop, pause_after
@@ -51,7 +63,7 @@ class Worker(Protocol):
     def demand(self, finishes: Sequence[Finish]) -> Demand | None:
         """What it can start once these finishes are written: the turn that frees a slot also fills it."""
 
-    def held(self) -> frozenset[str]: ...
+    def held(self) -> frozenset[AttemptId]: ...
 
     def turned(self, finishes: Sequence[Finish], result: TurnResult) -> None: ...
 
@@ -100,7 +112,7 @@ class Journal:
         self._waiting_drafts = 0
         self._finishes: list[Finish] = []
         self._logs: deque[LogLine] = deque(maxlen=MOST_WAITING)
-        self._progress: dict[str, Progress] = {}
+        self._progress: dict[AttemptId, Progress] = {}
         self._words = threading.Lock()
 
         self._turning = False
@@ -230,9 +242,10 @@ class Journal:
         self.wake()
 
     def progress(self, context: TaskContext, value: Mapping[str, Any]) -> None:
-        """From any thread. Only the newest word of each task waits."""
+        """From any thread. Only the newest word of each attempt waits."""
+        item = Progress(context.task_id, context.attempt + 1, fields_text(value))
         with self._words:
-            self._progress[context.task_id] = Progress(context.task_id, context.attempt + 1, fields_text(value))
+            self._progress[item.attempt_id] = item
         self.wake()
 
     # -- the loop
@@ -368,7 +381,7 @@ class Journal:
         with self._words:
             self.dropped_logs += max(0, len(batch.logs) + len(self._logs) - MOST_WAITING)
             self._logs = deque([*batch.logs, *self._logs], maxlen=MOST_WAITING)  # the newest stay
-            self._progress = {item.task_id: item for item in batch.progress} | self._progress
+            self._progress = {item.attempt_id: item for item in batch.progress} | self._progress
 
     def _away(self, reason: str) -> None:
         if not self._failures:

@@ -364,8 +364,8 @@ def log_event(line: LogLine) -> LogEvent:
 def lifecycle_events(finishes: Sequence[Finish], result: TurnResult) -> Iterable[LifecycleEvent]:
     """What one committed turn changed, in the order in which it wrote it."""
     for finish in finishes:
-        if finish.task.task_id not in result.refused:
-            yield finished(finish, withdrawn=finish.task.task_id in result.withdrawn)
+        if finish.task.attempt_id not in result.refused:
+            yield finished(finish, withdrawn=finish.task.attempt_id in result.withdrawn)
     for change in result.moved:
         yield moved(change)
     for task in result.claimed:

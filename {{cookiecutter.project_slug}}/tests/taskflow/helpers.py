@@ -160,7 +160,7 @@ class Bench:
     async def finish(self, task: Claimed, status: TaskStatus = TaskStatus.SUCCESS, **facts: Any) -> bool:
         """True when it was written, False when it was refused."""
         result = await self.turn(finishes=[make_finish(task, status, self.now, **facts)])
-        return task.task_id not in result.refused
+        return task.attempt_id not in result.refused
 
     async def obey(self, command: Command) -> Answer:
         (answer,) = (await self.turn(commands=[command])).answers

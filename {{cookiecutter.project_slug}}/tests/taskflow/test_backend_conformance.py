@@ -586,7 +586,7 @@ async def test_a_finish_that_lost_its_lease_is_refused_reported_and_logged(bench
 
     result = await late.turn(finishes=[make_finish(task, TaskStatus.SUCCESS, late.now, result='"stale"')])
 
-    assert result.refused == {task.task_id}
+    assert result.refused == {task.attempt_id}
     assert await bench.backend.get(task.task_id) == before
     assert (await bench.kinds(task.task_id))[-1] == "lease_lost"
     await assert_counters_match_rows(bench.backend, bench.now)
@@ -602,7 +602,7 @@ async def test_refused_finishes_do_not_hold_up_the_others_of_their_turn(bench: B
             make_finish(two, TaskStatus.SUCCESS, bench.now),
         ]
     )
-    assert result.refused == {one.task_id}
+    assert result.refused == {(one.task_id, 7)}
     assert await bench.status(two.task_id) is TaskStatus.SUCCESS
 
 
@@ -760,10 +760,10 @@ async def test_the_owner_of_a_running_task_is_told_that_it_was_cancelled(bench: 
     await bench.claim()
     other = Bench(bench.backend, "two", now=bench.now)
     answer = await other.cancel(task_id)
-    assert (answer.before, answer.changed, answer.instance) == (TaskStatus.RUNNING, 1, "one")
+    assert (answer.before, answer.changed) == (TaskStatus.RUNNING, 1)
     assert await bench.status(task_id) is TaskStatus.RUNNING
     assert (await bench.get(task_id)).cancel_requested
-    assert list(await bench.backend.cancels("one")) == [task_id]
+    assert list(await bench.backend.cancels("one")) == [(task_id, 1)]
     assert list(await bench.backend.cancels("two")) == []
     assert not (await bench.get(bystander)).cancel_requested
 
@@ -941,7 +941,7 @@ async def test_tasks_that_were_claimed_but_never_handed_out_are_handed_out_again
     await stranger.add()
     await stranger.claim_one()
 
-    result = await bench.turn(held=frozenset({known.task_id}))
+    result = await bench.turn(held=frozenset({known.attempt_id}))
 
     assert sorted(result.claimed, key=lambda task: task.task_id) == sorted(lost, key=lambda task: task.task_id)
     assert (await bench.turn()).claimed == []

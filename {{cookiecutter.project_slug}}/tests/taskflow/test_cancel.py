@@ -69,6 +69,17 @@ class Work:
             finally:
                 raise ConnectionError("broken while it was stopped")
 
+        @manager.task
+        async def careful() -> None:
+            """Cleans up for longer than it takes to look for cancels, and may be interrupted at each step."""
+            self.seen.append("started")
+            try:
+                await asyncio.sleep(3_600)
+            finally:
+                while not self.go.is_set():
+                    await asyncio.sleep(0.01)
+                self.seen.append("cleaned up")
+
         @manager.task(retries=1, delay=3_600)
         async def failing() -> None:
             self.seen.append("started")
@@ -228,6 +239,50 @@ async def test_a_coroutine_that_breaks_while_it_is_stopped_is_cancelled_and_not_
     await manager.store.cancel(task_id)
     assert await ended(manager, task_id) is TaskStatus.CANCELLED
     assert work.seen == ["started"]
+
+
+async def asked(manager: TaskManager, times: int) -> None:
+    """Returns when the instance has looked so often for tasks that it is to stop."""
+    looks: list[object] = []
+    cancels = manager.backend.cancels
+
+    async def look(instance_id: str) -> Any:
+        found = await cancels(instance_id)
+        looks.append(found)
+        return found
+
+    manager.backend.cancels = look  # type: ignore[method-assign]
+    await eventually(lambda: len(looks) > times)  # one more: the last answer has been acted upon
+
+
+async def test_the_clean_up_of_a_cancelled_coroutine_is_not_cancelled_again(
+    start_manager: StartManager, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.taskflow.housekeeping.CANCEL_INTERVAL", 0.02)
+    manager = await start_manager(work.define)
+    task_id = await manager.enqueue(task(manager, "careful"))
+    await eventually(lambda: work.seen)
+    await manager.store.cancel(task_id)
+    await asked(manager, times=5)
+    await manager.store.cancel(task_id)
+    assert await status(manager, task_id) is TaskStatus.RUNNING
+    work.go.set()
+    assert await ended(manager, task_id) is TaskStatus.CANCELLED
+    assert work.seen == ["started", "cleaned up"]
+
+
+async def test_a_coroutine_that_goes_on_is_told_once_by_an_operator_and_once_by_the_shutdown(
+    start_manager: StartManager, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.taskflow.housekeeping.CANCEL_INTERVAL", 0.02)
+    manager = await start_manager(work.define, shutdown_timeout=0.1)
+    task_id = await manager.enqueue(task(manager, "stubborn"))
+    await eventually(lambda: work.seen)
+    await manager.store.cancel(task_id)
+    await asked(manager, times=5)
+    assert work.seen == ["started", "swallowed"]
+    await manager.shutdown()
+    assert work.seen == ["started", "swallowed", "swallowed"]
 
 
 async def test_siblings_and_slots_are_unharmed(start_manager: StartManager, work: Work) -> None:

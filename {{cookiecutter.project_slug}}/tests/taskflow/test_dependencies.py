@@ -376,7 +376,7 @@ async def test_a_cancelled_task_closes_its_dependencies_however_often_it_is_aske
     await manager.store.cancel(task_id)
     await asyncio.wait_for(closing.wait(), PATIENCE)
     for _ in range(3):
-        manager.dispatcher.cancel(task_id)
+        manager.dispatcher.cancel((task_id, 1))
         await asyncio.sleep(0)
     release.set()
     with pytest.raises(TaskFailed, match="cancelled by an operator"):

@@ -132,7 +132,7 @@ async def test_a_refused_finish_frees_its_slot_too(stage: Stage) -> None:
     task = stage.claim()
     stage.gate.set()
     finish = await stage.finished(task)
-    stage.dispatcher.turned([finish], TurnResult(refused=frozenset({task.task_id})))
+    stage.dispatcher.turned([finish], TurnResult(refused=frozenset({task.attempt_id})))
     assert free(stage) == {"async": 2, "thread": 1}
 
 
@@ -140,7 +140,7 @@ async def test_what_runs_here_is_known_until_its_end_is_written(stage: Stage) ->
     task = stage.claim()
     stage.gate.set()
     finish = await stage.finished(task)
-    assert stage.dispatcher.held() == {task.task_id}
+    assert stage.dispatcher.held() == {task.attempt_id}
     stage.dispatcher.turned([finish], TurnResult())
     assert stage.dispatcher.held() == frozenset()
 
@@ -149,29 +149,29 @@ async def test_what_runs_here_is_known_until_its_end_is_written(stage: Stage) ->
 async def test_a_cancelled_attempt_ends_as_cancelled(stage: Stage, name: str) -> None:
     task = stage.claim(name)
     await eventually(lambda: stage.begun)
-    assert stage.dispatcher.cancel(task.task_id)
+    assert stage.dispatcher.cancel(task.attempt_id)
     assert (await stage.finished(task)).status is TaskStatus.CANCELLED
 
 
 async def test_a_task_that_is_cancelled_before_its_first_step_still_says_how_it_ended(stage: Stage) -> None:
     task = stage.claim()
-    assert stage.dispatcher.cancel(task.task_id)
+    assert stage.dispatcher.cancel(task.attempt_id)
     assert (await stage.finished(task)).status is TaskStatus.CANCELLED
 
 
 async def test_a_task_of_the_same_turn_that_was_asked_to_stop_is_stopped(stage: Stage) -> None:
     task = stage.claim()
     await eventually(lambda: stage.begun)
-    stage.dispatcher.turned([], TurnResult(stopping=[task.task_id]))
+    stage.dispatcher.turned([], TurnResult(stopping=[task.attempt_id]))
     assert (await stage.finished(task)).status is TaskStatus.CANCELLED
 
 
 async def test_what_is_not_here_or_has_ended_cannot_be_cancelled(stage: Stage) -> None:
-    assert not stage.dispatcher.cancel("nobody")
+    assert not stage.dispatcher.cancel(("nobody", 1))
     task = stage.claim()
     stage.gate.set()
     await stage.finished(task)
-    assert not stage.dispatcher.cancel(task.task_id)
+    assert not stage.dispatcher.cancel(task.attempt_id)
 
 
 async def test_a_drain_waits_for_the_commit_of_what_ended(stage: Stage) -> None:

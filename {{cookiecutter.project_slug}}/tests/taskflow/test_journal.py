@@ -11,7 +11,18 @@ import pytest
 
 from app.taskflow import BackendUnavailable, TaskStatus
 from app.taskflow import journal as journal_module
-from app.taskflow.backends.base import Answer, Backend, Cancel, Claimed, Demand, Draft, Finish, Turn, TurnResult
+from app.taskflow.backends.base import (
+    Answer,
+    AttemptId,
+    Backend,
+    Cancel,
+    Claimed,
+    Demand,
+    Draft,
+    Finish,
+    Turn,
+    TurnResult,
+)
 from app.taskflow.journal import MOST_WAITING, Journal
 
 from .helpers import PATIENCE, START, eventually, make_context, make_draft, make_finish, next_id
@@ -56,7 +67,7 @@ class FakeBackend:
 
 class FakeWorker:
     def __init__(self) -> None:
-        self.ids: set[str] = set()
+        self.ids: set[AttemptId] = set()
         self.written: list[Finish] = []
 
     @property
@@ -66,7 +77,7 @@ class FakeWorker:
     def demand(self, finishes: Sequence[Finish]) -> Demand | None:
         return None
 
-    def held(self) -> frozenset[str]:
+    def held(self) -> frozenset[AttemptId]:
         return frozenset(self.ids)
 
     def turned(self, finishes: Sequence[Finish], result: TurnResult) -> None:
@@ -337,7 +348,7 @@ async def test_a_finish_is_tried_until_it_is_written_and_told_once(journal: Jour
 
 async def test_tasks_that_end_together_are_written_together(journal: Journal, backend: FakeBackend) -> None:
     worker = FakeWorker()
-    worker.ids = {f"task {number}" for number in range(20)}
+    worker.ids = {("task", number) for number in range(20)}
     journal.attach(worker)
     before = len(backend.turns)
     for _ in range(15):
@@ -350,7 +361,7 @@ async def test_tasks_that_end_together_are_written_together(journal: Journal, ba
 
 async def test_a_task_that_ends_alone_is_written_although_others_run_on(journal: Journal, backend: FakeBackend) -> None:
     worker = FakeWorker()
-    worker.ids = {f"task {number}" for number in range(20)}
+    worker.ids = {("task", number) for number in range(20)}
     journal.attach(worker)
     finish = success()
     journal.finish(finish)
@@ -362,7 +373,7 @@ async def test_a_caller_does_not_wait_for_tasks_to_end(
 ) -> None:
     monkeypatch.setattr(journal_module, "LINGER", PATIENCE)
     worker = FakeWorker()
-    worker.ids = {f"task {number}" for number in range(20)}
+    worker.ids = {("task", number) for number in range(20)}
     journal.attach(worker)
     journal.finish(success())
     await asyncio.sleep(0.01)
@@ -375,7 +386,7 @@ async def test_after_a_turn_of_unknown_outcome_the_next_one_says_what_runs_here(
     journal: Journal, backend: FakeBackend
 ) -> None:
     worker = FakeWorker()
-    worker.ids = {"known"}
+    worker.ids = {("known", 1)}
     journal.attach(worker)
     await journal.accept([make_draft()])
     assert backend.turns[-1].held is None
@@ -384,7 +395,7 @@ async def test_after_a_turn_of_unknown_outcome_the_next_one_says_what_runs_here(
     await eventually(lambda: journal.last_error)
     backend.come_back()
     await eventually(lambda: journal.last_error is None)
-    assert backend.turns[-1].held == {"known"}
+    assert backend.turns[-1].held == {("known", 1)}
     await journal.accept([make_draft()])
     assert backend.turns[-1].held is None
 

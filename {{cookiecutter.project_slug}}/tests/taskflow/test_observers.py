@@ -253,7 +253,7 @@ async def test_a_result_that_was_refused_is_not_told(bench: Bench) -> None:
     await bench.rescue(bench.instance)
     finish = make_finish(task, TaskStatus.SUCCESS, bench.now)
     result = await bench.turn(finishes=[finish])
-    assert result.refused == {task.task_id}
+    assert result.refused == {task.attempt_id}
     assert not list(lifecycle_events([finish], result))
 
 

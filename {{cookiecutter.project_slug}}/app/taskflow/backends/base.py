@@ -30,6 +30,10 @@ from ..models import (
     TaskStatus,
 )
 
+AttemptId = tuple[str, int]
+"""One attempt of one task: its task's id and its number, from 1. A process may run two attempts of a task at a time,
+when it lost the lease of the first."""
+
 
 class Draft(NamedTuple):
     """A task as its caller described it, not stored yet."""
@@ -75,6 +79,10 @@ class Claimed(NamedTuple):
     trace: str | None
 
     @property
+    def attempt_id(self) -> AttemptId:
+        return self.task_id, self.attempt
+
+    @property
     def attempts_left(self) -> bool:
         return self.attempt - self.excused < self.max_attempts
 
@@ -115,6 +123,10 @@ class Progress:
     attempt: int
     value: str
     """A JSON object."""
+
+    @property
+    def attempt_id(self) -> AttemptId:
+        return self.task_id, self.attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,8 +320,6 @@ class Answer:
 
     before: TaskStatus | None = None
     changed: int = 0
-    instance: str | None = None
-    """Who runs the task that was asked to stop."""
     marks: Mapping[str, Mark] = field(default_factory=dict)
     """The schedules that were declared or fired, as they are now; one that is not stored is missing."""
 
@@ -339,8 +349,8 @@ class Turn:
     logs: Sequence[LogLine] = ()
     progress: Sequence[Progress] = ()
     demand: Demand | None = None
-    held: frozenset[str] | None = None
-    """After a turn of unknown outcome: the ids this instance knows it runs. Others that carry its lease are
+    held: frozenset[AttemptId] | None = None
+    """After a turn of unknown outcome: what this instance knows it runs. Other attempts that carry its lease are
     handed out again, since they were claimed but never started."""
 
 
@@ -366,15 +376,15 @@ class TurnResult:
     """Drafts whose id was stored before (an idempotency key seen earlier): not admitted again."""
     rejected: Mapping[str, int] = field(default_factory=dict)
     """Drafts refused by a full queue -> that queue's max_size."""
-    refused: frozenset[str] = frozenset()
+    refused: frozenset[AttemptId] = frozenset()
     """Finishes whose lease was lost: not written."""
-    withdrawn: frozenset[str] = frozenset()
+    withdrawn: frozenset[AttemptId] = frozenset()
     """Finishes that would have been PENDING again, but somebody had asked the task to stop: written as CANCELLED."""
     moved: Sequence[Moved] = ()
     answers: Sequence[Answer] = ()
     claimed: Sequence[Claimed] = ()
-    stopping: Sequence[str] = ()
-    """Tasks of this instance that a command of this turn asked to stop."""
+    stopping: Sequence[AttemptId] = ()
+    """What this instance runs that a command of this turn asked to stop."""
     more: bool = False
     """True when tasks may be waiting that this turn did not claim although slots are free."""
     next_due: datetime | None = None
@@ -466,8 +476,8 @@ class Backend(Protocol):
 
     async def instances(self) -> Sequence[InstanceRecord]: ...
 
-    async def cancels(self, instance_id: str) -> Sequence[str]:
-        """Ids of tasks which this instance runs and somebody asked to stop."""
+    async def cancels(self, instance_id: str) -> Sequence[AttemptId]:
+        """What this instance runs that somebody asked to stop."""
 
     async def arguments(self, task_ids: Sequence[str]) -> Mapping[str, str]:
         """The encoded arguments of these tasks, by id; at most a page's worth of ids."""

@@ -18,6 +18,7 @@ from ..models import DELAYED, RETRYABLE, EventKind, QueueConfig, TaskStatus, to_
 from ..texts import fields_text
 from .base import (
     Answer,
+    AttemptId,
     Cancel,
     CancelScheduled,
     Command,
@@ -67,8 +68,8 @@ class Commands:
         self._timetable = Timetable(connection, cursor, statements, ledger, now)
         self.drafts: Sequence[Draft] = self._timetable.drafts
         """Tasks that commands brought, to be admitted like any that arrives."""
-        self.stopping: list[str] = []
-        """Running tasks of this instance that were asked to stop."""
+        self.stopping: list[AttemptId] = []
+        """What this instance runs that was asked to stop."""
         self.moved: list[Moved] = []
         """Tasks whose status a command changed."""
 
@@ -114,9 +115,9 @@ class Commands:
         elif status is TaskStatus.RUNNING:
             self._update(task_id, cancel_requested=True)
             if row.instance == self._instance:
-                self.stopping.append(task_id)
+                self.stopping.append((task_id, row.attempt))
             self._ledger.event(EventKind.CANCEL_REQUESTED, task_id, row.attempt, actor=actor)
-        return Answer(before=status, changed=int(not status.terminal), instance=row.instance)
+        return Answer(before=status, changed=int(not status.terminal))
 
     def _withdraw(self, row: Row[Any], actor: str | None, reason: str | None = None) -> None:
         """Cancels a task that waits."""

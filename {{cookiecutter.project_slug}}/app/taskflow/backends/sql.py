@@ -39,7 +39,7 @@ from ..models import (
     to_micros,
 )
 from . import tables
-from .base import Beat, Instance, Turn, TurnResult
+from .base import AttemptId, Beat, Instance, Turn, TurnResult
 from .pages import page_statement
 from .room import QueueBook
 from .rows import event_of, loads_object, one_off_of, record_of, schedule_of, shown_status
@@ -329,10 +329,10 @@ class SqlBackend:
             for row in rows
         ]
 
-    async def cancels(self, instance_id: str) -> Sequence[str]:
+    async def cancels(self, instance_id: str) -> Sequence[AttemptId]:
         statement = self._statements.cancels
         rows = await self._read(lambda connection: connection.execute(statement, {"me": instance_id}).all())
-        return [row.task_id for row in rows]
+        return [(row.task_id, row.attempt) for row in rows]
 
     async def arguments(self, task_ids: Sequence[str]) -> Mapping[str, str]:
         statement = sa.select(task.c.task_id, task.c.arguments).where(task.c.task_id.in_(task_ids))

@@ -221,7 +221,7 @@ class Statements:
             )
         )
         self.record = self._prepare(record)
-        self.record_each = self._prepare(record.returning(task.c.task_id, task.c.status))
+        self.record_each = self._prepare(record.returning(task.c.task_id, task.c.attempt, task.c.status))
         drafted = self._database.arriving(DRAFT_COLUMNS)
         unset = {"excused": 0, "crashes": 0, "cancel_requested": False}
         admit = (
@@ -332,7 +332,7 @@ class Statements:
 
     def _build_liveness(self) -> None:
         """Who is alive, what the dead left, who was asked to stop: asked seldom, so on SQLAlchemy's connection."""
-        self.cancels = sa.select(task.c.task_id).where(
+        self.cancels = sa.select(task.c.task_id, task.c.attempt).where(
             has_status("running"), task.c.instance == sa.bindparam("me"), task.c.cancel_requested.is_(True)
         )
         owners = sa.select(task.c.instance).where(has_status("running")).distinct()

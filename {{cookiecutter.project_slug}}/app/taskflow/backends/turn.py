@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 from ..models import DELAYED, EventKind, QueueState, TaskStatus, from_micros, to_micros
-from .base import Claimed, Draft, Finish, LogLine, Progress, Turn, TurnResult
+from .base import AttemptId, Claimed, Draft, Finish, LogLine, Progress, Turn, TurnResult
 from .commands import Commands
 from .ledger import Ledger
 from .room import Levels, QueueBook, Room
@@ -65,7 +65,7 @@ class TurnWriter:
         levels, self._version, self._first_due = statements.look.cells(cursor)
         self._ledger = Ledger(cursor, statements, turn.instance, turn.now, rows_of(levels))
         self._commands = Commands(connection, cursor, statements, self._ledger, turn.instance, turn.now)
-        self._withdrawn: list[str] = []
+        self._withdrawn: list[AttemptId] = []
 
     def write(self, rotation: int) -> TurnResult:
         """`rotation` changes from turn to turn, and with it the queue that is served first."""
@@ -85,7 +85,7 @@ class TurnWriter:
         claimed, more = self._claim(room, rotation) if room else ([], False)
         claimed = [*admitted.started, *claimed]
         if turn.held is not None:
-            claimed += self._orphans(turn.held, {item.task_id for item in claimed})
+            claimed += self._orphans(turn.held.union(item.attempt_id for item in claimed))
         self._write_logs(turn.logs)
         self._ledger.write()
         return TurnResult(
@@ -114,23 +114,23 @@ class TurnWriter:
 
     # -- record
 
-    def _record(self, finishes: Sequence[Finish]) -> frozenset[str]:
+    def _record(self, finishes: Sequence[Finish]) -> frozenset[AttemptId]:
         rows = [self._finish_row(finish) for finish in finishes]
         written = self._recorded(rows)
         for finish, row in zip(finishes, rows, strict=True):
             item, kind, ended = finish.task, finish.kind, row[ENDED_AT]
-            status = written.get(item.task_id)
+            status = written.get(item.attempt_id)
             if status is None:
                 self._ledger.event(EventKind.LEASE_LOST, item.task_id, item.attempt, detail=f"{kind} came too late")
                 continue
             if status == TaskStatus.CANCELLED and finish.status is not TaskStatus.CANCELLED:
                 kind = EventKind.CANCELLED
-                self._withdrawn.append(item.task_id)
+                self._withdrawn.append(item.attempt_id)
             self._ledger.event(kind, item.task_id, item.attempt, at=ended, detail=finish.error)
             self._ledger.move(item.queue, item.name, TaskStatus.RUNNING, status)
             if status not in (TaskStatus.PENDING, DELAYED):
                 self._ledger.ran(item.queue, item.name, status, to_micros(item.started_at), ended)
-        return frozenset(finish.task.task_id for finish in finishes if finish.task.task_id not in written)
+        return frozenset(finish.task.attempt_id for finish in finishes if finish.task.attempt_id not in written)
 
     def _finish_row(self, finish: Finish) -> Sequence[Any]:
         """In the order of FINISH_COLUMNS."""
@@ -148,13 +148,14 @@ class TurnWriter:
             int(excused),
         )
 
-    def _recorded(self, rows: Sequence[Sequence[Any]]) -> Mapping[str, str]:
-        """Id -> the status that was written. One that would wait again may have been asked to stop meanwhile."""
+    def _recorded(self, rows: Sequence[Sequence[Any]]) -> Mapping[AttemptId, str]:
+        """What was written -> its status. One that would wait again may have been asked to stop meanwhile."""
         if self._careful or any(status in (TaskStatus.PENDING, DELAYED) for _, _, _, status, *_ in rows):
-            return dict(self._sql.record_each.change_each(self._cursor, rows))
+            written = self._sql.record_each.change_each(self._cursor, rows)
+            return {(task_id, attempt): status for task_id, attempt, status in written}
         if self._sql.record.change(self._cursor, rows) != len(rows):
             raise Mistaken
-        return {row[0]: row[3] for row in rows}
+        return {(row[0], row[1]): row[3] for row in rows}
 
     # -- admit
 
@@ -335,9 +336,9 @@ class TurnWriter:
             self._ledger.event(EventKind.STARTED, item.task_id, item.attempt)
             self._ledger.move(item.queue, item.name, TaskStatus.PENDING, TaskStatus.RUNNING)
 
-    def _orphans(self, held: frozenset[str], fresh: Collection[str]) -> list[Claimed]:
+    def _orphans(self, held: Collection[AttemptId]) -> list[Claimed]:
         rows = map(held_claim, self._sql.held.gathered(self._cursor, me=self._turn.instance))
-        return [item for item in rows if item.task_id not in held and item.task_id not in fresh]
+        return [item for item in rows if item.attempt_id not in held]
 
     # -- what is written last
 
