@@ -697,8 +697,8 @@ async def test_nothing_is_fired_once_the_service_stops(start_manager: StartManag
     manager.scheduler.wake()
     gate.set()
     await stopping
+    manager.clock.freeze(NOON)  # a restart makes up for ticks, and this one asks what was fired before it
     await manager.startup()
-    manager.clock.freeze(NOON)
     assert await ticks(manager) == []
 
 
