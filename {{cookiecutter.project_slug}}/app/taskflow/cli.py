@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from .errors import TaskflowError
-from .manager import TaskManager
+from .manager import START_TIMEOUT, TaskManager
 from .models import Cursor, LogEntry, TaskEvent, TaskFilter, TaskRecord, TaskStatus
 
 GLYPHS = {
@@ -90,8 +90,9 @@ async def work(manager: TaskManager, _options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     manager.runs_tasks = True
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):  # not the event loop's own handlers, which Windows has not
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
     async with manager.lifespan():
         names = ", ".join(definition.name for definition in manager.registry) or "no task"
         logging.getLogger("taskflow").info("working on %s: %s", manager.backend_name, names)
@@ -110,7 +111,7 @@ async def list_tasks(manager: TaskManager, options: argparse.Namespace) -> None:
         before = Cursor.parse(options.before) if options.before else None
     except ValueError as error:
         raise TaskflowError(str(error)) from error
-    async with attached(manager):
+    async with reading(manager):
         page = await manager.store.page(where, before, options.limit)
     for record in page.tasks:
         print(line_of(record))
@@ -119,7 +120,7 @@ async def list_tasks(manager: TaskManager, options: argparse.Namespace) -> None:
 
 
 async def show_task(manager: TaskManager, options: argparse.Namespace) -> None:
-    async with attached(manager):
+    async with reading(manager):
         record = await manager.store.get(options.task_id)
         events = await manager.store.events(options.task_id)
         logs = await manager.store.logs(options.task_id)
@@ -132,31 +133,49 @@ async def show_task(manager: TaskManager, options: argparse.Namespace) -> None:
 
 
 async def retry_task(manager: TaskManager, options: argparse.Namespace) -> None:
-    async with attached(manager):
+    async with commanding(manager):
         print(line_of(await manager.store.retry(options.task_id, operator())))
 
 
 async def cancel_task(manager: TaskManager, options: argparse.Namespace) -> None:
-    async with attached(manager):
+    async with commanding(manager):
         print(line_of(await manager.store.cancel(options.task_id, operator())))
 
 
 async def purge_tasks(manager: TaskManager, options: argparse.Namespace) -> None:
     if options.days < 0:
         raise TaskflowError(f"--days {options.days:g}: must be 0 or more")
-    async with attached(manager):
+    async with commanding(manager):
         deleted = await manager.store.delete_history(manager.clock() - timedelta(days=options.days), operator())
     print(f"deleted {deleted} tasks")
 
 
 @asynccontextmanager
-async def attached(manager: TaskManager) -> AsyncIterator[None]:
-    """The manager as one that looks and commands but runs nothing. Raises TaskflowError when it can do neither."""
-    manager.runs_tasks = False
-    async with manager.lifespan():
-        if (reason := manager.unready()) is not None:
-            raise TaskflowError(reason)
+async def reading(manager: TaskManager) -> AsyncIterator[None]:
+    """The store alone: looking leaves no trace."""
+    await manager.backend.open()
+    try:
         yield
+    finally:
+        await manager.backend.close()
+
+
+@asynccontextmanager
+async def commanding(manager: TaskManager) -> AsyncIterator[None]:
+    """The writer alone: no instance that others would see, nothing claimed, nothing rescued.
+
+    Raises TaskflowError where the database does not answer.
+    """
+    manager.journal.start("command line")
+    try:
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                await manager.journal.ready()
+        except TimeoutError as error:
+            raise TaskflowError(f"the task backend is away: {manager.journal.last_error or 'no answer'}") from error
+        yield
+    finally:
+        await manager.journal.stop()
 
 
 # -- words

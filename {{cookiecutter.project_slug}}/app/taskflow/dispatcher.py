@@ -72,12 +72,13 @@ class Dispatcher:
         self._running: dict[AttemptId, Running] = {}
         self._used: Counter[str] = Counter()
         self._claiming = False
+        self._lease_holds: Callable[[], bool] = lambda: False
 
     # -- what the journal asks and tells
 
     def demand(self, finishes: Sequence[Finish]) -> Demand | None:
         """Free slots, or None when there are none or no more tasks are to be started."""
-        if not self._claiming:
+        if not (self._claiming and self._lease_holds()):
             return None
         ending = (self._running.get(finish.task.attempt_id) for finish in finishes)
         freed = Counter(running.kind for running in ending if running is not None)
@@ -100,7 +101,9 @@ class Dispatcher:
 
     # -- running
 
-    def start(self) -> None:
+    def start(self, lease_holds: Callable[[], bool] = lambda: True) -> None:
+        """From now on it may claim, while its instance's lease holds."""
+        self._lease_holds = lease_holds
         for executor in self._executors.values():
             executor.start()
         self._claiming = True

@@ -2,7 +2,8 @@
 
 Owns this instance's lease and the rescue of others'. The heartbeat has a thread and a connection of its own, so that a
 task which blocks the event loop does not make its neighbours look dead; rescue looks at leases, never at a task's age.
-An instance of this machine whose process is gone is rescued at once, any other when its lease has lapsed.
+An instance of this machine whose process is gone is rescued at once, any other when its lease has lapsed. Who could not
+write its own heartbeat judges nobody's, and claims nothing while its own lease may have lapsed.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
+from time import monotonic
 
-from .backends.base import Backend, Beat, Cancel, DeclareQueues, Instance, Rescue
+from .backends.base import Backend, Beat, Cancel, DeclareQueues, Instance, Pulse, Rescue
 from .dispatcher import Dispatcher
 from .errors import BackendUnavailable
 from .journal import Journal
+from .leases import LOOKS_PER_LEASE, Watch
 from .loops import Loop
 from .models import Cursor, QueueConfig, TaskFilter, TaskStatus
 from .store import TaskStore
@@ -29,7 +32,10 @@ logger = logging.getLogger("taskflow")
 
 LEASE_SECONDS = 30.0
 BEATS_PER_LEASE = 3
+BEAT_RETRY = 1.0
+"""Seconds between heartbeats while they fail."""
 RESCUE_INTERVAL = 5.0
+"""Seconds between looks at the others; less where leases are short."""
 RETENTION_INTERVAL = 60.0
 CANCEL_INTERVAL = 1.0
 """Seconds after which an instance sees that another one was asked to cancel a task it runs."""
@@ -38,6 +44,8 @@ CANCEL_INTERVAL = 1.0
 def introduce(instance_id: str, version: str, started: datetime) -> Instance:
     """This process, as others can tell it from any that comes after it."""
     pid = os.getpid()
+    if not machine_name():
+        logger.info("this system does not say which processes live: tasks of one that dies wait for its lease to lapse")
     return Instance(
         instance_id=instance_id,
         host=socket.gethostname(),
@@ -75,7 +83,7 @@ def is_gone(other: Instance, machine: str) -> bool:
 
 
 class Heartbeat:
-    """Renews this instance's lease from a thread of its own."""
+    """Renews this instance's lease from a thread of its own, and knows whether that worked."""
 
     def __init__(
         self,
@@ -93,6 +101,11 @@ class Heartbeat:
         self._clock = clock
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._written = float("-inf")
+        """Monotonic time at which the last heartbeat that was written set out."""
+        self._failing = False
+        self.failures = 0
+        """Heartbeats that could not be written, ever."""
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="taskflow-heartbeat", daemon=True)
@@ -100,9 +113,24 @@ class Heartbeat:
 
     def beat(self) -> None:
         """Raises BackendUnavailable."""
-        now = self._clock()
+        began, now = monotonic(), self._clock()
         lease_until = now + timedelta(seconds=self._lease_seconds)
-        self._backend.beat(self._me, Beat(now, lease_until, self._dispatcher.slots, self._dispatcher.running))
+        try:
+            self._backend.beat(self._me, Beat(now, lease_until, self._dispatcher.slots, self._dispatcher.running))
+        except BaseException:
+            self._failing = True
+            self.failures += 1
+            raise
+        self._written, self._failing = began, False
+
+    def holds(self) -> bool:
+        """Whether nobody can have found this instance's lease lapsed."""
+        return monotonic() - self._written < self._lease_seconds
+
+    @property
+    def regular(self) -> bool:
+        """Whether heartbeats have come through of late as they should: who has trouble judges nobody."""
+        return not self._failing and monotonic() - self._written < self._lease_seconds / 2
 
     def stop(self) -> None:
         """Ends the lease, so that nobody waits for it to lapse."""
@@ -115,10 +143,11 @@ class Heartbeat:
                 logger.warning("could not sign off: %s", error)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._lease_seconds / BEATS_PER_LEASE):
+        regular = self._lease_seconds / BEATS_PER_LEASE
+        while not self._stop.wait(min(BEAT_RETRY, regular) if self._failing else regular):
             try:
                 self.beat()
-            except Exception as error:  # noqa: BLE001 - the next beat comes; two may be missed before the lease lapses
+            except Exception as error:  # noqa: BLE001 - the next one comes
                 logger.warning("heartbeat: %s", error)
 
 
@@ -153,6 +182,10 @@ class Housekeeping:
         self.introduced = asyncio.Event()
         """Set once this instance is known to the others, and may claim."""
         self.heartbeat = Heartbeat(backend, me, dispatcher, clock=clock, lease_seconds=lease_seconds)
+        self._look_interval = min(RESCUE_INTERVAL, lease_seconds / LOOKS_PER_LEASE)
+        self._watch = Watch(lease_seconds, self._look_interval)
+        self._failures = 0
+        """Of heartbeats, when this instance last looked at the others."""
         self._rescue_loop = Loop("rescue", self._rescue_round)
         self._cancel_loop = Loop("cancels", self._cancel_round)
         self._retention_loop = Loop("retention", self._retention_round)
@@ -178,9 +211,10 @@ class Housekeeping:
                 await self._introduce()
             await self._rescue()
         except BackendUnavailable:
+            self._watch.restart()
             await asyncio.sleep(CANCEL_INTERVAL)
         else:
-            await asyncio.sleep(RESCUE_INTERVAL)
+            await asyncio.sleep(self._look_interval)
 
     async def _introduce(self) -> None:
         """Nothing is claimed before the instance row is there: what an unknown instance runs could not be rescued."""
@@ -192,26 +226,38 @@ class Housekeeping:
         if not self._requeue_pending:
             await self._drop_pending()
         if self._runs_tasks:
-            self._dispatcher.start()
+            self._dispatcher.start(self.heartbeat.holds)
             self._journal.wake()
         self.introduced.set()
 
     async def _rescue(self) -> None:
-        others = await asyncio.to_thread(self._backend.lapsed, self._clock())
-        dead = [
-            other.instance_id
-            for other, lapsed in others
-            if other.instance_id != self._me.instance_id and (lapsed or is_gone(other, self._me.machine))
-        ]
+        dead = await self._dead()
         if not dead:
             return
         rescued = 0
         while (answer := await self._journal.obey(Rescue(dead))).changed:
             rescued += answer.changed
-        for instance_id in dead:
-            await asyncio.to_thread(self._backend.leave, instance_id)
+        for instance_id, stamp in dead.items():
+            await asyncio.to_thread(self._backend.leave, instance_id, stamp)
+        self._watch.forget(dead)
         if rescued:
             logger.warning("rescued %d tasks that %d lost instances left running", rescued, len(dead))
+
+    async def _dead(self) -> Mapping[str, int]:
+        """Instance id -> the stamp of its last heartbeat."""
+        pulses = [pulse for pulse in await asyncio.to_thread(self._backend.pulses) if self._is_other(pulse)]
+        gone = [pulse for pulse in pulses if is_gone(pulse.instance, self._me.machine)]
+        return {pulse.instance.instance_id: pulse.stamp for pulse in [*gone, *self._lapsed(pulses)]}
+
+    def _is_other(self, pulse: Pulse) -> bool:
+        return pulse.instance.instance_id != self._me.instance_id
+
+    def _lapsed(self, pulses: Sequence[Pulse]) -> Sequence[Pulse]:
+        failures = self.heartbeat.failures
+        if failures != self._failures or not self.heartbeat.regular:
+            self._failures = failures
+            self._watch.restart()
+        return self._watch.look(pulses, monotonic())
 
     async def _cancel_round(self) -> None:
         await asyncio.sleep(CANCEL_INTERVAL)
@@ -222,8 +268,7 @@ class Housekeeping:
 
     async def _drop_pending(self) -> None:
         """With `requeue_pending=False`: what an earlier run left waiting is cancelled, unless others serve it."""
-        others = await asyncio.to_thread(self._backend.lapsed, self._clock())
-        if any(other.instance_id != self._me.instance_id for other, _ in others):
+        if any(map(self._is_other, await asyncio.to_thread(self._backend.pulses))):
             return
         # Not what this process has accepted while it waited for its database.
         pending = TaskFilter(statuses=(TaskStatus.PENDING,), until=self._me.started - timedelta(microseconds=1))

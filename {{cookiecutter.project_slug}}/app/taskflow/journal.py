@@ -97,9 +97,9 @@ class Batch:
 
 
 class Journal:
-    def __init__(self, backend: Backend, instance_id: str, *, clock: Callable[[], datetime]) -> None:
+    def __init__(self, backend: Backend, *, clock: Callable[[], datetime]) -> None:
         self._backend = backend
-        self._instance_id = instance_id
+        self._instance_id = ""
         self._clock = clock
         self._worker: Worker | None = None
         self._opened = False
@@ -139,7 +139,8 @@ class Journal:
     def attach(self, worker: Worker) -> None:
         self._worker = worker
 
-    def start(self) -> None:
+    def start(self, instance_id: str) -> None:
+        self._instance_id = instance_id
         self._event_loop = asyncio.get_running_loop()
         self._wake, self._answered = asyncio.Event(), asyncio.Event()
         self._thread = threading.get_ident()

@@ -95,14 +95,15 @@ class TaskManager:
         self.shutdown_timeout = shutdown_timeout
         self.registry = TaskRegistry()
         self.backend = snapshot_backend or open_backend(snapshot_db)
-        self.instance_id = str(uuid_utils.uuid7())
+        self.instance_id = ""
+        """Who this process is to the others. Given by `startup`, anew each time: processes fork after they imported."""
         self.clock = clock = Clock()
         executors: dict[str, Executor] = {
             "async": AsyncExecutor(max_concurrent_tasks),
             "thread": ThreadExecutor(max_sync_threads),
             "process": ProcessExecutor(max_process_workers, process_shutdown_timeout),
         }
-        self.journal = Journal(self.backend, self.instance_id, clock=clock)
+        self.journal = Journal(self.backend, clock=clock)
         cipher = make_cipher(encrypt_args_key)
         carried = CarriedContexts()
         self.queues = declared_queues(queues, max_size)
@@ -341,6 +342,7 @@ class TaskManager:
         if self._housekeeping is not None:
             return
         refuse_in_starting_worker()
+        self.instance_id = str(uuid_utils.uuid7())
         me = introduce(self.instance_id, "1", self.clock())
         self._housekeeping = Housekeeping(
             self.backend,
@@ -356,7 +358,7 @@ class TaskManager:
             lease_seconds=self.lease_seconds,
         )
         self.observers.start()
-        self.journal.start()
+        self.journal.start(self.instance_id)
         self._housekeeping.start()
         self.scheduler.start(self._housekeeping.introduced, fires=self.runs_tasks)
         with contextlib.suppress(TimeoutError):

@@ -9,8 +9,8 @@ from app.taskflow import TaskManager, task_log
 from app.taskflow.cli import main
 
 
-def make_manager(file: str) -> TaskManager:
-    manager = TaskManager(snapshot_db=file, shutdown_timeout=10.0)
+def make_manager(file: str, *, requeue_pending: bool = True) -> TaskManager:
+    manager = TaskManager(snapshot_db=file, shutdown_timeout=10.0, requeue_pending=requeue_pending)
 
     @manager.task
     async def greet(name: str) -> str:

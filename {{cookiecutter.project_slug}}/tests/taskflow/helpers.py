@@ -173,7 +173,9 @@ class Bench:
         return await self.obey(Requeue(task_id, max_attempts, actor))
 
     async def rescue(self, *instances: str) -> Answer:
-        return await self.obey(Rescue(instances))
+        """As one who has just looked at them."""
+        stamps = {pulse.instance.instance_id: pulse.stamp for pulse in self.backend.pulses()}
+        return await self.obey(Rescue({name: stamps.get(name, 0) for name in instances}))
 
     async def get(self, task_id: str) -> TaskRecord:
         record = await self.backend.get(task_id)

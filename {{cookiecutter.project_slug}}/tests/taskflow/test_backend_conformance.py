@@ -12,6 +12,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 from multiprocessing import get_context
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 
 from app.taskflow import BackendUnavailable, TaskStatus
 from app.taskflow.backends import Backend, open_backend
-from app.taskflow.backends.base import Claimed, DeclareQueues, Demand, EditQueue, LogLine, Progress, Requeue
+from app.taskflow.backends.base import Claimed, DeclareQueues, Demand, EditQueue, LogLine, Progress, Requeue, Rescue
 from app.taskflow.models import RETRYABLE, TRANSITIONS, Cursor, EventKind, QueueConfig, TaskFilter
 
 from .helpers import (
@@ -76,7 +77,7 @@ async def test_a_turn_holds_together_while_the_heartbeat_writes_from_its_own_thr
         while not stop.is_set():
             try:
                 bench.beat()
-                bench.backend.lapsed(bench.now)
+                bench.backend.pulses()
                 beats += 1
             except BackendUnavailable as error:
                 if "locked" not in error.reason:  # waiting for the other's transaction may take too long
@@ -1103,35 +1104,58 @@ async def test_progress_is_shown_while_its_attempt_runs_and_only_from_its_owner(
 # -- instances
 
 
-async def test_an_instance_is_lapsed_when_its_lease_is_over_and_not_before(bench: Bench) -> None:
+async def test_an_instance_is_seen_with_its_lease_and_with_another_stamp_after_each_heartbeat(bench: Bench) -> None:
     me = make_instance("one", machine="here", pid=77, birth="b")
-    bench.beat(30, me)
-    assert bench.backend.lapsed(bench.now + timedelta(seconds=30)) == [(me, False)]
-    assert bench.backend.lapsed(bench.now + timedelta(seconds=30, microseconds=1)) == [(me, True)]
-    bench.pass_time(20)
-    bench.beat(30, me)
-    assert bench.backend.lapsed(bench.now + timedelta(seconds=29)) == [(me, False)]
+    stamps = []
+    for seconds in (0, 20, 0, -3600):  # the clock stands still, then is put back
+        bench.pass_time(seconds)
+        bench.beat(30, me)
+        (pulse,) = bench.backend.pulses()
+        assert (pulse.instance, round(pulse.lease, 3), pulse.signed_off) == (me, 30.0, False)
+        stamps.append(pulse.stamp)
+    assert all(one != other for one, other in pairwise(stamps))
     (shown,) = await bench.backend.instances()
     assert (shown.instance_id, shown.pid, shown.started, shown.heartbeat) == ("one", 77, START, bench.now)
     assert (shown.slots, shown.running) == (4, 0)
 
 
-async def test_an_instance_that_left_is_no_longer_watched(bench: Bench) -> None:
+async def test_nothing_stays_of_an_instance_that_left_and_it_may_come_again(bench: Bench) -> None:
     bench.beat()
     bench.backend.leave("one")
-    assert bench.backend.lapsed(bench.now) == []
+    assert bench.backend.pulses() == []
+    assert await bench.backend.instances() == []
     bench.beat()
-    assert [lapsed for _, lapsed in bench.backend.lapsed(bench.now)] == [False]
+    assert [pulse.signed_off for pulse in bench.backend.pulses()] == [False]
 
 
-async def test_an_instance_that_left_tasks_running_counts_as_lapsed(bench: Bench) -> None:
+async def test_an_instance_that_left_tasks_running_is_seen_until_they_are_rescued(bench: Bench) -> None:
     bench.beat()
     await bench.add()
     await bench.claim_one()
     bench.backend.leave("one")
-    assert [(instance.instance_id, lapsed) for instance, lapsed in bench.backend.lapsed(bench.now)] == [("one", True)]
+    assert [(pulse.instance.instance_id, pulse.signed_off) for pulse in bench.backend.pulses()] == [("one", True)]
     await bench.rescue("one")
-    assert bench.backend.lapsed(bench.now) == []
+    assert bench.backend.pulses() == []
+
+
+async def test_an_instance_without_a_row_is_seen_by_what_it_runs(bench: Bench) -> None:
+    await bench.add()
+    await bench.claim_one()
+    (pulse,) = bench.backend.pulses()
+    assert (pulse.instance.instance_id, pulse.stamp, pulse.lease, pulse.signed_off) == ("one", 0, 0, False)
+    assert (await bench.rescue("one")).changed == 1
+
+
+async def test_who_beats_again_before_the_rescue_is_alive(bench: Bench) -> None:
+    bench.beat()
+    task_id = await bench.add()
+    await bench.claim_one()
+    (seen,) = bench.backend.pulses()
+    bench.beat()
+    assert (await bench.obey(Rescue({"one": seen.stamp}))).changed == 0
+    bench.backend.leave("one", seen.stamp)
+    assert await bench.status(task_id) is TaskStatus.RUNNING
+    assert len(await bench.backend.instances()) == 1
 
 
 # -- several instances

@@ -215,6 +215,21 @@ def test_looking_and_commanding_runs_nothing(terminal: Terminal) -> None:
     assert terminal.status(task_id) == "pending"
 
 
+@pytest.mark.parametrize("requeue_pending", [True, False])
+def test_looking_and_commanding_leaves_no_instance_and_cancels_nothing(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, requeue_pending: bool
+) -> None:
+    other, one = terminal.add("fail", "first"), terminal.add("greet", "second", wait=False)
+    monkeypatch.setattr(make_manager, "__kwdefaults__", {"requeue_pending": requeue_pending})
+    before = terminal.rows("SELECT * FROM taskflow_event ORDER BY seq")
+    for words in (("list",), ("show", one)):
+        assert terminal.run("tasks", *words)[0] == 0
+    assert terminal.rows("SELECT * FROM taskflow_event ORDER BY seq") == before
+    assert terminal.run("tasks", "retry", other)[0] == 0
+    assert terminal.rows("SELECT * FROM taskflow_instance") == []
+    assert terminal.status(one) == "pending"
+
+
 def test_one_task_is_shown_with_its_history_its_log_and_its_traceback(terminal: Terminal) -> None:
     code, out, err = terminal.run("tasks", "show", terminal.add("greet", "ann"))
     assert (code, err) == (0, "")

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from app.taskflow import TaskManager, TaskStatus
+from app.taskflow import BackendUnavailable, TaskManager, TaskStatus
 from app.taskflow import housekeeping as housekeeping_module
 from app.taskflow.backends import open_backend
 from app.taskflow.backends.base import Instance
 from app.taskflow.housekeeping import birth_of, introduce, is_gone, machine_name
+from app.taskflow.leases import Watch
 from app.taskflow.models import utc_now
 
 from .conftest import StartManager
@@ -108,6 +109,11 @@ def define(manager: TaskManager) -> None:
         return "done by another"
 
 
+def impatient(manager: TaskManager) -> None:
+    define(manager)
+    manager.lease_seconds = 1
+
+
 async def test_what_a_gone_process_left_is_rescued_at_once_whatever_its_lease(
     start_manager: StartManager, tmp_path: Path, child: subprocess.Popen[bytes]
 ) -> None:
@@ -128,14 +134,14 @@ async def test_what_a_live_process_runs_is_left_alone_and_is_rescued_when_it_die
     task_id = await leave_running(tmp_path / "tasks.db", instance_of(child.pid), lease_seconds=3600)
     looks = 0
     manager = TaskManager(snapshot_db=str(tmp_path / "tasks.db"))
-    lapsed = manager.backend.lapsed
+    pulses = manager.backend.pulses
 
-    def counted(now: object) -> object:
+    def counted() -> object:
         nonlocal looks
         looks += 1
-        return lapsed(now)  # type: ignore[arg-type]
+        return pulses()
 
-    monkeypatch.setattr(manager.backend, "lapsed", counted)
+    monkeypatch.setattr(manager.backend, "pulses", counted)
     async with manager.lifespan():
         await eventually(lambda: looks > 5)
         assert (await manager.store.get(task_id)).status is TaskStatus.RUNNING
@@ -148,33 +154,143 @@ async def test_what_a_live_process_runs_is_left_alone_and_is_rescued_when_it_die
 
 
 async def test_what_another_machine_runs_is_rescued_when_its_lease_has_lapsed_and_not_before(
-    start_manager: StartManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_manager: StartManager, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(housekeeping_module, "RESCUE_INTERVAL", 0.02)
     elsewhere = make_instance("elsewhere", machine="another", pid=1, birth="1")
-    task_id = await leave_running(tmp_path / "tasks.db", elsewhere, lease_seconds=30)
-    manager = await start_manager(define)
-    early = manager.clock() + timedelta(seconds=29)
-    lapsed = manager.backend.lapsed
-    asked = []
-
-    def at(moment: object) -> object:
-        asked.append(moment)
-        return lapsed(early if len(asked) < 10 else early + timedelta(seconds=2))
-
-    monkeypatch.setattr(manager.backend, "lapsed", at)
-    statuses = set()
+    task_id = await leave_running(tmp_path / "tasks.db", elsewhere, lease_seconds=1)
+    began = time.monotonic()
+    manager = await start_manager(impatient)
 
     async def interrupted() -> bool:
-        before = len(asked)
-        status = (await manager.store.get(task_id)).status
-        if before < 10:
-            statuses.add(status)
-        return status is TaskStatus.INTERRUPTED
+        return (await manager.store.get(task_id)).status is TaskStatus.INTERRUPTED
 
     await eventually(interrupted)
-    assert len(asked) >= 10
-    assert statuses == {TaskStatus.RUNNING}
+    assert time.monotonic() - began >= 1
+
+    async def alone() -> bool:
+        return [item.instance_id for item in await manager.store.instances()] == [manager.instance_id]
+
+    await eventually(alone)
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+async def test_a_clock_that_is_set_by_an_hour_makes_nobody_look_dead(
+    start_manager: StartManager, tmp_path: Path, hours: int
+) -> None:
+    elsewhere = make_instance("elsewhere", machine="another", pid=1, birth="1")
+    task_id = await leave_running(tmp_path / "tasks.db", elsewhere, lease_seconds=3600)
+    looks = []
+
+    def stepped(manager: TaskManager) -> None:
+        define(manager)
+        manager.lease_seconds = 0.3
+        manager.clock.freeze(utc_now() + timedelta(hours=hours))
+        pulses = manager.backend.pulses
+
+        def counted() -> Any:
+            looks.append(found := pulses())
+            return found
+
+        manager.backend.pulses = counted  # type: ignore[method-assign]
+
+    manager = await start_manager(stepped)
+    await eventually(lambda: len(looks) > 5)
+    assert (await manager.store.get(task_id)).status is TaskStatus.RUNNING
+
+
+async def test_who_could_not_write_its_own_heartbeat_rescues_nobody(
+    start_manager: StartManager, tmp_path: Path
+) -> None:
+    elsewhere = make_instance("elsewhere", machine="another", pid=1, birth="1")
+    task_id = await leave_running(tmp_path / "tasks.db", elsewhere, lease_seconds=0.5)
+    broken = threading.Event()
+    looks = []
+
+    def trouble(manager: TaskManager) -> None:
+        define(manager)
+        manager.lease_seconds = 0.6
+        beat, pulses = manager.backend.beat, manager.backend.pulses
+
+        def failing(me: Any, with_what: Any) -> None:
+            if broken.is_set():
+                raise BackendUnavailable("locked")
+            beat(me, with_what)
+
+        def counted() -> Any:
+            looks.append(found := pulses())
+            if len(looks) == 1:
+                broken.set()
+            return found
+
+        manager.backend.beat, manager.backend.pulses = failing, counted  # type: ignore[assignment, method-assign]
+
+    manager = await start_manager(trouble)
+    await eventually(lambda: len(looks) > 20)  # 2 s: four leases
+    assert (await manager.store.get(task_id)).status is TaskStatus.RUNNING
+    broken.clear()
+
+    async def interrupted() -> bool:
+        return (await manager.store.get(task_id)).status is TaskStatus.INTERRUPTED
+
+    await eventually(interrupted)
+
+
+async def test_an_instance_whose_lease_may_have_lapsed_claims_nothing_until_it_has_beaten_again(
+    start_manager: StartManager,
+) -> None:
+    broken = threading.Event()
+
+    def trouble(manager: TaskManager) -> None:
+        define(manager)
+        manager.lease_seconds = 0.3
+        beat = manager.backend.beat
+
+        def failing(me: Any, with_what: Any) -> None:
+            if broken.is_set():
+                raise BackendUnavailable("locked")
+            beat(me, with_what)
+
+        manager.backend.beat = failing  # type: ignore[assignment, method-assign]
+
+    manager = await start_manager(trouble)
+    broken.set()
+    await eventually(lambda: manager.dispatcher.demand([]) is None)
+    task_id = await manager.enqueue(manager.registry.named("left").function)
+    assert (await manager.store.get(task_id)).status is TaskStatus.PENDING
+    broken.clear()
+    assert await manager.result(task_id, PATIENCE) == "done by another"
+
+
+async def test_an_instance_whose_row_is_gone_registers_again(start_manager: StartManager) -> None:
+    def quick(manager: TaskManager) -> None:
+        manager.lease_seconds = 0.3
+
+    manager = await start_manager(quick)
+    (pulse,) = manager.backend.pulses()
+    manager.backend.leave(manager.instance_id, pulse.stamp)
+    await eventually(manager.backend.pulses)
+
+
+async def test_each_start_has_an_identity_of_its_own(start_manager: StartManager) -> None:
+    manager = await start_manager(define)
+    first = manager.instance_id
+    await manager.shutdown()
+    await manager.startup()
+    assert len({first, manager.instance_id, ""}) == 3
+
+
+def test_a_system_that_does_not_tell_about_processes_says_so_and_judges_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown(*_: object) -> Any:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", unknown)
+    with caplog.at_level("INFO", "taskflow"):
+        me = introduce("me", "1", START)
+    assert (me.machine, me.birth) == ("", "")
+    assert "lease" in caplog.text
+    assert not is_gone(make_instance("other", machine=""), machine_name())
 
 
 # -- the lease of this process
@@ -190,20 +306,22 @@ async def test_the_heartbeat_goes_on_while_a_task_blocks_the_event_loop(start_ma
             return 1.0
 
     manager = await start_manager(quick_lease)
-    seen: list[bool] = []
+    watch, lapsed, looks = Watch(0.3, 0.02), [], 0
     stop = threading.Event()
 
-    def watch() -> None:
+    def look() -> None:
+        nonlocal looks
         while not stop.wait(0.02):
-            seen.extend(lapsed for _, lapsed in manager.backend.lapsed(utc_now()))
+            lapsed.extend(watch.look(manager.backend.pulses(), time.monotonic()))
+            looks += 1
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=look)
     watcher.start()
     assert await manager.result(await manager.enqueue(blocks_of(manager)), PATIENCE) == 1.0
     stop.set()
     await asyncio.to_thread(watcher.join)
-    assert len(seen) > 10
-    assert not any(seen)
+    assert looks > 10
+    assert not lapsed
 
 
 def blocks_of(manager: TaskManager) -> Any:
@@ -214,9 +332,9 @@ async def test_a_process_that_stops_cleanly_leaves_nothing_to_wait_for(
     start_manager: StartManager, tmp_path: Path
 ) -> None:
     manager = await start_manager(define)
-    assert [instance.instance_id for instance, _ in manager.backend.lapsed(utc_now())] == [manager.instance_id]
+    assert [pulse.instance.instance_id for pulse in manager.backend.pulses()] == [manager.instance_id]
     await manager.shutdown()
     backend = open_backend(str(tmp_path / "tasks.db"))
     await backend.open()
-    assert backend.lapsed(utc_now() + timedelta(days=1)) == []
+    assert backend.pulses() == []
     await backend.close()

@@ -93,8 +93,8 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
 
 @pytest.fixture
 async def journal(backend: FakeBackend) -> AsyncIterator[Journal]:
-    journal = Journal(cast(Backend, backend), "me", clock=lambda: START)
-    journal.start()
+    journal = Journal(cast(Backend, backend), clock=lambda: START)
+    journal.start("me")
     await journal.ready()
     yield journal
     backend.gate.set()
@@ -282,14 +282,14 @@ async def test_a_caller_that_goes_away_does_not_disturb_the_others(journal: Jour
 
 
 async def test_before_the_start_and_after_the_stop_everything_is_refused_at_once(backend: FakeBackend) -> None:
-    journal = Journal(cast(Backend, backend), "me", clock=lambda: START)
+    journal = Journal(cast(Backend, backend), clock=lambda: START)
     for _ in range(2):
         async with asyncio.timeout(1):
             with pytest.raises(BackendUnavailable, match="not started"):
                 await journal.accept([make_draft()])
             with pytest.raises(BackendUnavailable, match="not started"):
                 await journal.obey(Cancel("x", None))
-        journal.start()
+        journal.start("me")
         await journal.accept([make_draft()])
         await journal.stop()
 

@@ -51,6 +51,7 @@ ORDER = [
     "runner",
     "dispatcher",
     "scheduler",
+    "leases",
     "housekeeping",
     "background",
     "host",

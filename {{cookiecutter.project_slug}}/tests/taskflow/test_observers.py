@@ -274,7 +274,7 @@ async def test_what_a_dead_instance_left_running_is_told_by_the_one_that_rescues
     if cancelled:
         await rescuer.obey(Cancel(task_id, None))
     rescuer.pass_time(60)
-    result = await rescuer.turn(commands=[Rescue(["dead"])])
+    result = await rescuer.turn(commands=[Rescue({"dead": 0})])
     (told,) = lifecycle_events([], result)
     assert (told.task_id, told.func_name, told.tags) == (task_id, "job", {"order": "7"})
     assert (told.status, told.error, told.attempt, told.retries_used) == (status, error, 0, 0)

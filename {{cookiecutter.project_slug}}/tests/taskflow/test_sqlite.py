@@ -103,7 +103,7 @@ async def live(bench: Bench) -> None:
     await bench.requeue(three.task_id)
     await bench.turn(held=frozenset())
     bench.beat()
-    backend.lapsed(bench.now)
+    backend.pulses()
     await bench.rescue("one", "nobody")
     await bench.turn(commands=[Purge(bench.now + timedelta(days=1), 10)])
     await backend.get(one.task_id)

@@ -148,9 +148,13 @@ class Requeue:
 
 @dataclass(frozen=True, slots=True)
 class Rescue:
-    """End what these instances left RUNNING: requeue it where it allows that, else mark it INTERRUPTED."""
+    """End what these instances left RUNNING: requeue it where it allows that, else mark it INTERRUPTED.
 
-    instances: Sequence[str]
+    Only of those whose heartbeat is still the one that was seen: who beats again in the meantime is alive.
+    """
+
+    stamps: Mapping[str, int]
+    """Instance id -> `Pulse.stamp`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,6 +420,20 @@ class Beat:
     running: int
 
 
+class Pulse(NamedTuple):
+    """What one look found of an instance."""
+
+    instance: Instance
+    stamp: int
+    """Another one after each heartbeat; 0 when there is no row of this instance."""
+    lease: float
+    """Seconds that its heartbeat asked for; 0 when it signed off, or has no row."""
+
+    @property
+    def signed_off(self) -> bool:
+        return self.stamp != 0 and self.lease == 0
+
+
 class Backend(Protocol):
     """Storage of tasks. Every method raises `BackendUnavailable` when the database does not answer in time."""
 
@@ -433,11 +451,12 @@ class Backend(Protocol):
     # -- instances: called from the heartbeat's own thread, on a connection of its own
     def beat(self, instance: Instance, beat: Beat) -> None: ...
 
-    def lapsed(self, now: datetime) -> Sequence[tuple[Instance, bool]]:
-        """Instances that still own RUNNING tasks or a live lease, and whether their lease has lapsed."""
+    def pulses(self) -> Sequence[Pulse]:
+        """Of every instance that holds a lease or owns RUNNING tasks."""
 
-    def leave(self, instance_id: str) -> None:
-        """End the lease of an instance that stops cleanly."""
+    def leave(self, instance_id: str, stamp: int | None = None) -> None:
+        """Sign an instance off. With `stamp`: only if its heartbeat is still that one. Its row goes, unless it owns
+        RUNNING tasks."""
 
     # -- reads
     async def get(self, task_id: str) -> TaskRecord | None: ...

@@ -40,8 +40,8 @@ from .base import (
 from .ledger import Ledger
 from .rows import dumps_object, micros, moment, moved_of, status_of, stored_status
 from .statements import Cursor, Statements, one_column
+from .tables import instance, revoked, task
 from .tables import queue as queue_table
-from .tables import revoked, task
 from .timetable import Timetable
 
 CRASH_BUDGET = 3
@@ -79,8 +79,8 @@ class Commands:
                 return self._cancel(task_id, actor)
             case Requeue(task_id, max_attempts, actor):
                 return self._retry(task_id, max_attempts, actor)
-            case Rescue(instances):
-                return self._rescue(instances)
+            case Rescue(stamps):
+                return self._rescue(stamps)
             case DeclareQueues(queues):
                 return self._declare_queues(queues)
             case EditQueue(name, kind, changes, actor, note):
@@ -197,8 +197,11 @@ class Commands:
         self._ledger.move(row.queue, row.name, row.status, status)
         self._ledger.ran_no_more(row)
 
-    def _rescue(self, instances: Sequence[str]) -> Answer:
-        lost = self._connection.execute(self._sql.lost, {"rows": one_column(instances)}).all()
+    def _rescue(self, stamps: Mapping[str, int]) -> Answer:
+        beats = sa.select(instance.c.instance_id, instance.c.beat_at).where(instance.c.instance_id.in_(stamps))
+        now = {row.instance_id: row.beat_at for row in self._connection.execute(beats)}
+        dead = [instance_id for instance_id, stamp in stamps.items() if now.get(instance_id, 0) == stamp]
+        lost = self._connection.execute(self._sql.lost, {"rows": one_column(dead)}).all()
         for row in lost:
             crashes = row.crashes + 1
             if row.cancel_requested:

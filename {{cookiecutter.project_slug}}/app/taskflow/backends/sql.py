@@ -39,7 +39,7 @@ from ..models import (
     to_micros,
 )
 from . import tables
-from .base import AttemptId, Beat, Instance, Turn, TurnResult
+from .base import AttemptId, Beat, Instance, Pulse, Turn, TurnResult
 from .pages import page_statement
 from .room import QueueBook
 from .rows import event_of, loads_object, one_off_of, record_of, schedule_of, shown_status
@@ -178,30 +178,37 @@ class SqlBackend:
             "running": beat.running,
         }
         changing = {name: row[name] for name in ("beat_at", "lease_until", "slots", "running")}
-        statement = self.insert(tables.instance).values(row)
+        known, statement = tables.instance.c.beat_at, self.insert(tables.instance).values(row)
+        changing["beat_at"] = sa.case((known == row["beat_at"], known + 1), else_=row["beat_at"])  # another in any case
         statement = statement.on_conflict_do_update(index_elements=["instance_id"], set_=changing)
         self._apart(lambda: self._write(statement))
 
-    def lapsed(self, now: datetime) -> Sequence[tuple[Instance, bool]]:
+    def pulses(self) -> Sequence[Pulse]:
         return [
-            (
+            Pulse(
                 Instance(
-                    instance_id=row.instance_id,
-                    host=row.host,
-                    machine=row.machine,
-                    pid=row.pid,
-                    birth=row.birth,
-                    version=row.version,
-                    started=from_micros(row.started_at),
+                    instance_id=row.owner,
+                    host=row.host or "",
+                    machine=row.machine or "",
+                    pid=row.pid or 0,
+                    birth=row.birth or "",
+                    version=row.version or "",
+                    started=from_micros(row.started_at or 0),
                 ),
-                row.lease_until < to_micros(now),
+                stamp=row.beat_at or 0,
+                lease=max(0, (row.lease_until or 0) - (row.beat_at or 0)) / 1e6,
             )
             for row in self._apart(self._live_instances)
         ]
 
-    def leave(self, instance_id: str) -> None:
-        statement = tables.instance.update().where(tables.instance.c.instance_id == instance_id).values(lease_until=0)
-        self._apart(lambda: self._write(statement))
+    def leave(self, instance_id: str, stamp: int | None = None) -> None:
+        row, table = tables.instance.c, tables.instance
+        mine, gone = row.instance_id == instance_id, row.lease_until == 0
+        if stamp is None:
+            self._apart(lambda: self._write(table.update().where(mine).values(lease_until=0)))
+        else:
+            gone = sa.or_(gone, sa.and_(mine, row.beat_at == stamp))
+        self._apart(lambda: self._write(table.delete().where(gone, self._statements.runs_nothing)))
 
     def _write(self, statement: sa.Executable) -> None:
         with self._write_engine.begin() as connection:

@@ -335,10 +335,13 @@ class Statements:
         self.cancels = sa.select(task.c.task_id, task.c.attempt).where(
             has_status("running"), task.c.instance == sa.bindparam("me"), task.c.cancel_requested.is_(True)
         )
-        owners = sa.select(task.c.instance).where(has_status("running")).distinct()
-        self.live_instances = sa.select(tables.instance).where(
-            sa.or_(tables.instance.c.lease_until > 0, tables.instance.c.instance_id.in_(owners))
-        )
+        owners = sa.select(task.c.instance).where(has_status("running"), task.c.instance.is_not(None)).distinct()
+        holders = sa.select(tables.instance.c.instance_id).where(tables.instance.c.lease_until > 0)
+        live = sa.union(owners, holders).subquery("live")
+        owner = live.c[0]
+        known = live.outerjoin(tables.instance, tables.instance.c.instance_id == owner)
+        self.live_instances = sa.select(owner.label("owner"), tables.instance).select_from(known)
+        self.runs_nothing = tables.instance.c.instance_id.not_in(owners)
         lost = self._database.expand("rows", (task.c.instance,))
         self.lost = (
             sa.select(task)

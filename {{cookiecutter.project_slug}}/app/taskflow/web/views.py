@@ -211,7 +211,7 @@ def full(moment: datetime | None) -> str:
 
 def day_clock(moment: datetime, now: datetime) -> str:
     """The time of day, with the date where it is not today's."""
-    return f"{moment:%H:%M:%S}" if moment.date() == now.date() else f"{moment:%b %-d, %H:%M}"
+    return f"{moment:%H:%M:%S}" if moment.date() == now.date() else f"{moment:%b} {moment.day}, {moment:%H:%M}"
 
 
 def number(value: float) -> str:
