@@ -48,6 +48,10 @@ POLL_INTERVAL = 1.0
 MOST_WAITING = 10_000
 """Drafts, and log lines, that wait for a turn; while the database stalls, more are refused, or push out the oldest."""
 MOST_DRAFTS_PER_TURN = 1_000
+QUIET_PASSES = 3
+"""Passes of the event loop that bring nothing more, after which a turn begins. A request takes one or two of them."""
+LONGEST_GATHERING = 0.01
+"""Seconds after which a turn begins although every pass brings more."""
 LINGER = 0.001
 """Seconds that a turn with nothing but finishes waits, while `SIBLINGS` or more tasks still run, for half of them."""
 SIBLINGS = 5
@@ -253,6 +257,7 @@ class Journal:
 
     async def _round(self) -> None:
         await self._until_needed()
+        await self._gather()
         await self._linger()
         self._expire()
         batch = self._collect()
@@ -291,6 +296,19 @@ class Journal:
             except TimeoutError:
                 pass
         self._wake.clear()
+
+    async def _gather(self) -> None:
+        """While the event loop is at work on requests that bring more, it is not robbed of the interpreter: one turn
+        carries what they all bring. An idle loop passes in microseconds."""
+        until, quiet, number = monotonic() + LONGEST_GATHERING, 0, self._brought
+        while quiet < QUIET_PASSES and monotonic() < until:
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if number == self._brought else 0
+            number = self._brought
+
+    @property
+    def _brought(self) -> int:
+        return len(self._waiting) + len(self._finishes)
 
     async def _linger(self) -> None:
         """Many short tasks end at almost the same time: one commit is cheaper than one for the first and one for the

@@ -148,6 +148,33 @@ async def test_what_arrives_while_a_turn_is_under_way_shares_the_next_one(
     assert list(backend.turns[-1].drafts) == drafts
 
 
+async def test_what_a_busy_event_loop_brings_pass_by_pass_shares_one_turn(
+    journal: Journal, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "LONGEST_GATHERING", PATIENCE)
+    backend.turns.clear()
+
+    async def request(passes: int) -> None:
+        for _ in range(passes):
+            await asyncio.sleep(0)
+        await journal.accept([make_draft()])
+
+    await asyncio.gather(*(request(2 * number) for number in range(30)))
+    assert [len(turn.drafts) for turn in backend.turns] == [30]
+
+
+async def test_a_turn_begins_in_the_end_although_every_pass_brings_more(
+    journal: Journal, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "LONGEST_GATHERING", 0.001)
+    requests, deadline = [], monotonic() + PATIENCE
+    while not backend.committed("drafts"):
+        assert monotonic() < deadline
+        requests.append(asyncio.ensure_future(journal.accept([make_draft()])))
+        await asyncio.sleep(0)
+    await asyncio.gather(*requests)
+
+
 async def test_accept_returns_after_its_commit_and_not_before(journal: Journal, backend: FakeBackend) -> None:
     backend.gate.clear()
     accepting = asyncio.create_task(journal.accept([make_draft()]))
