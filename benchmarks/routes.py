@@ -4,6 +4,7 @@
 own, as in a real app, and `TaskAdmin` before or after it, with and without `auto_install`; `alone` has no task system.
 """
 
+import gc
 import sys
 from typing import Annotated, Any
 
@@ -60,6 +61,7 @@ def make_app(arrangement: str, database: str) -> FastAPI:
 def main() -> None:
     arrangement, database, port = sys.argv[1:]
     app = make_app(arrangement, database)
+    gc.freeze()  # as the template's main.py does, for whoever is measured
     uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="warning", timeout_graceful_shutdown=5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 
@@ -11,6 +12,7 @@ import uvicorn
 def main() -> None:
     name, database, port = sys.argv[1:]
     app = importlib.import_module(f"benchmarks.contestants.{name}").make_app(database)
+    gc.freeze()  # as the template's main.py does, for whoever is measured
     uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="warning", timeout_graceful_shutdown=5)
 
 

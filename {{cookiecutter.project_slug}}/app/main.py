@@ -1,5 +1,7 @@
 """The application: `uvicorn app.main:app`."""
 
+import gc
+
 from fastapi import FastAPI
 
 from app.routes import router
@@ -21,3 +23,6 @@ TaskAdmin(
     secret_key=secret(settings.secret_key),
     environment=settings.env,
 )
+
+# What is loaded by now stays: else every full garbage collection walks through all of it.
+gc.freeze()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -364,7 +363,6 @@ class TaskManager:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_TIMEOUT):
                 await self.scheduler.declared.wait()
-        gc.freeze()  # what is loaded by now stays: else every full collection walks through all of it
 
     def unready(self) -> str | None:
         """Why this process should get no traffic now; None when it should."""
@@ -383,7 +381,6 @@ class TaskManager:
         if self._housekeeping is None:
             return
         housekeeping, self._housekeeping = self._housekeeping, None
-        gc.unfreeze()
         deadline = monotonic() + self.shutdown_timeout
         await self.scheduler.stop()
         await housekeeping.stop()

@@ -1,6 +1,7 @@
 """The whole engine behind its face: decorators, enqueue, result, start, stop, and a database that comes and goes."""
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -69,6 +70,13 @@ def define(manager: TaskManager) -> None:
 
 def task(manager: TaskManager, name: str) -> Any:
     return manager.registry.named(name).function
+
+
+async def test_the_garbage_collector_is_left_to_the_application(tmp_path: Path) -> None:
+    frozen = gc.get_freeze_count()
+    async with TaskManager(snapshot_db=str(tmp_path / "tasks.db")).lifespan():
+        assert gc.get_freeze_count() == frozen
+    assert gc.get_freeze_count() == frozen
 
 
 # -- decorators

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sqlite3
@@ -32,9 +33,10 @@ from app.taskflow.backends.base import (
     RunSchedule,
     Supersede,
 )
+from app.taskflow.backends.sql import MOST_SEARCHES
 from app.taskflow.models import Cursor, EventKind, TaskFilter
 
-from .helpers import START, Bench, all_tasks, make_draft
+from .helpers import PATIENCE, START, Bench, all_tasks, make_draft
 
 pytestmark = pytest.mark.anyio
 
@@ -251,6 +253,33 @@ async def test_the_cost_of_a_claim_and_of_a_page_does_not_grow_with_what_has_run
         sa.event.remove(sa.Engine, "connect", watch)
     assert few > 10
     assert many < 1.3 * few
+
+
+async def test_nobody_waits_for_searches_and_too_many_of_them_are_refused(file: Path) -> None:
+    bench = Bench(open_backend(str(file)))
+    await bench.backend.open()
+    await bench.turn(drafts=[draft := make_draft()])
+    searched, go_on = TaskFilter(text="needle"), threading.Event()
+
+    def hold_up(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "LIKE" in statement:
+            go_on.wait(PATIENCE)
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", hold_up)
+    try:
+        searches = [asyncio.create_task(bench.backend.page(searched, None, 10)) for _ in range(MOST_SEARCHES)]
+        await asyncio.sleep(0)
+        assert await bench.backend.get(draft.task_id) is not None
+        assert len((await bench.backend.page(TaskFilter(), None, 10)).tasks) == 1
+        with pytest.raises(BackendUnavailable, match="searches are under way"):
+            await bench.backend.page(searched, None, 10)
+        assert not any(search.done() for search in searches)
+        go_on.set()
+        await asyncio.gather(*searches)
+        await bench.backend.page(searched, None, 10)
+    finally:
+        go_on.set()
+        sa.event.remove(sa.Engine, "before_cursor_execute", hold_up)
 
 
 async def test_a_commit_survives_a_power_loss(file: Path, spy: Spy) -> None:

@@ -35,6 +35,11 @@ def page_statement(where: TaskFilter, before: Cursor | None, limit: int) -> sa.S
     return newest_first(found, merged.c, limit)
 
 
+def is_search(where: TaskFilter) -> bool:
+    """Whether it has to look through rows that it does not show."""
+    return bool(scanned_conditions(where, len(where.statuses)))
+
+
 def newest_first(statement: sa.Select[Any], columns: Any, limit: int) -> sa.Select[Any]:
     return statement.order_by(columns.created_at.desc(), columns.task_id.desc()).limit(limit)
 

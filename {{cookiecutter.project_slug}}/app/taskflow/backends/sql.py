@@ -40,7 +40,7 @@ from ..models import (
 )
 from . import tables
 from .base import AttemptId, Beat, Instance, Pulse, Turn, TurnResult
-from .pages import page_statement
+from .pages import is_search, page_statement
 from .room import QueueBook
 from .rows import event_of, loads_object, one_off_of, record_of, schedule_of, shown_status
 from .statements import STAGE_BATCH, Prepared, Statements, has_status
@@ -48,6 +48,9 @@ from .tables import counter, event, log, revoked, task
 from .turn import Mistaken, TurnWriter
 
 T = TypeVar("T")
+
+MOST_SEARCHES = 20
+"""That run or wait for one of the threads; each takes up to a second on a big table."""
 
 
 class SqlBackend:
@@ -57,6 +60,10 @@ class SqlBackend:
         self.url = url
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="taskflow-writer")
         self._reading = ThreadPoolExecutor(readers, thread_name_prefix="taskflow-reader") if readers else self._writing
+        self._searching = (
+            ThreadPoolExecutor(readers, thread_name_prefix="taskflow-search") if readers else self._writing
+        )
+        self._searches = 0
         self._write_engine, self._read_engine = self.create_engines()
         self._statements = Statements(self)
         self._book = QueueBook()
@@ -232,7 +239,8 @@ class SqlBackend:
 
     async def page(self, where: TaskFilter, before: Cursor | None, limit: int) -> TaskPage:
         statement = page_statement(where, before, limit + 1)
-        rows = await self._read(lambda connection: connection.execute(statement).all())
+        read = self._search if is_search(where) else self._read
+        rows = await read(lambda connection: connection.execute(statement).all())
         records = [record_of(row) for row in rows[:limit]]
         older = Cursor(records[-1].created_at, records[-1].task_id) if len(rows) > limit else None
         return TaskPage(records, older)
@@ -349,11 +357,21 @@ class SqlBackend:
     # -- threads
 
     async def _read(self, question: Callable[[Connection], T]) -> T:
-        def ask() -> T:
-            with self._read_engine.connect() as connection:
-                return question(connection)
+        return await self._in(self._reading, self._ask, question)
 
-        return await self._in(self._reading, ask)
+    async def _search(self, question: Callable[[Connection], T]) -> T:
+        """On threads of their own, so that nothing else waits for searches, and never many at a time."""
+        if self._searches >= MOST_SEARCHES:
+            raise BackendUnavailable(f"{self._searches} searches are under way, more are not taken")
+        self._searches += 1
+        try:
+            return await self._in(self._searching, self._ask, question)
+        finally:
+            self._searches -= 1
+
+    def _ask(self, question: Callable[[Connection], T]) -> T:
+        with self._read_engine.connect() as connection:
+            return question(connection)
 
     async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
         def call() -> T:
