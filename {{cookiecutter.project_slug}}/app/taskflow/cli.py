@@ -200,4 +200,8 @@ def words_of(entry: TaskEvent | LogEntry) -> str:
 
 def operator() -> str:
     """Who is named in the audit."""
-    return f"{getpass.getuser()} (command line)"
+    try:
+        name = getpass.getuser()
+    except (OSError, ImportError, KeyError):  # a container's number without a name, a system without such names
+        name = "somebody"
+    return f"{name} (command line)"

@@ -65,21 +65,33 @@ def machine_name() -> str:
 
 
 def birth_of(pid: int) -> str | None:
-    """When the process of that pid started, in the kernel's ticks; None where there is no such process or no /proc.
-
-    One that has died and that its parent has not noticed yet is none.
-    """
+    """When the process of that pid started, in the kernel's ticks; "" when it has died and its parent has not noticed
+    yet, None where there is no such process, or the system does not show it to us."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]
+    return "" if state in "ZX" else fields[18]
 
 
 def is_gone(other: Instance, machine: str) -> bool:
     """True only when that process certainly does not exist any more."""
-    return bool(machine) and other.machine == machine and birth_of(other.pid) != other.birth
+    if not machine or other.machine != machine or not other.birth:
+        return False
+    birth = birth_of(other.pid)
+    return not exists(other.pid) if birth is None else birth != other.birth
+
+
+def exists(pid: int) -> bool:
+    """Whether any process has that pid, also where /proc hides those of other users."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is there, and not ours to signal
+        return True
+    return True
 
 
 class Heartbeat:
@@ -108,8 +120,9 @@ class Heartbeat:
         """Heartbeats that could not be written, ever."""
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="taskflow-heartbeat", daemon=True)
-        self._thread.start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="taskflow-heartbeat", daemon=True)
+            self._thread.start()
 
     def beat(self) -> None:
         """Raises BackendUnavailable."""
@@ -145,10 +158,12 @@ class Heartbeat:
     def _run(self) -> None:
         regular = self._lease_seconds / BEATS_PER_LEASE
         while not self._stop.wait(min(BEAT_RETRY, regular) if self._failing else regular):
+            failed_before = self._failing
             try:
                 self.beat()
             except Exception as error:  # noqa: BLE001 - the next one comes
-                logger.warning("heartbeat: %s", error)
+                if not failed_before:  # once an outage, not once a second
+                    logger.warning("heartbeat: %s; tried again every second", error)
 
 
 class Housekeeping:

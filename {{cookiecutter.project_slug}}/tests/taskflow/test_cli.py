@@ -255,6 +255,19 @@ def test_a_retry_runs_when_a_worker_comes_and_names_the_operator(
     assert terminal.rows("SELECT status, attempt FROM taskflow_task") == [("failed", 2)]
 
 
+@pytest.mark.parametrize("error", [KeyError("uid not found: 1234"), OSError("no username set"), ImportError("pwd")])
+def test_an_operator_whom_the_system_does_not_name_can_act(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def nameless() -> str:
+        raise error
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    failed = terminal.add("fail", "no")
+    assert terminal.run("tasks", "retry", failed)[0] == 0
+    assert terminal.rows("SELECT actor FROM taskflow_event WHERE kind = 'requeued'") == [("somebody (command line)",)]
+
+
 def test_a_cancelled_task_never_runs(terminal: Terminal) -> None:
     task_id = terminal.add("greet", "ann", wait=False)
     code, out, _ = terminal.run("tasks", "cancel", task_id)

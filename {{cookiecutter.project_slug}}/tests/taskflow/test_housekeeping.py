@@ -87,6 +87,22 @@ def test_nobody_judges_the_processes_of_another_machine(machine: str) -> None:
     assert not is_gone(elsewhere, "")
 
 
+def test_a_process_that_the_system_hides_from_us_is_not_gone_and_a_missing_one_is(
+    monkeypatch: pytest.MonkeyPatch, child: subprocess.Popen[bytes]
+) -> None:
+    other = instance_of(child.pid)
+    monkeypatch.setattr(housekeeping_module, "birth_of", lambda _pid: None)
+    assert not is_gone(other, other.machine)
+    child.kill()
+    child.wait()
+    assert is_gone(other, other.machine)
+
+
+def test_nobody_judges_a_process_that_could_not_say_when_it_was_born() -> None:
+    mine = instance_of(os.getpid())
+    assert not is_gone(make_instance("mute", machine=mine.machine, pid=mine.pid, birth=""), mine.machine)
+
+
 # -- rescue
 
 
