@@ -7,7 +7,8 @@ import json
 import re
 import sqlite3
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ from app.taskflow.backends.base import (
     Supersede,
 )
 from app.taskflow.backends.sql import MOST_SEARCHES
+from app.taskflow.backends.tables import SCHEMA_VERSION
 from app.taskflow.models import Cursor, EventKind, TaskFilter
 
 from .helpers import PATIENCE, START, Bench, all_tasks, make_draft
@@ -81,6 +83,21 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
         sqlite3.dbapi2, "connect", lambda *args, **kwargs: connect(*args, **kwargs, factory=SpyConnection)
     )
     return spy
+
+
+@contextmanager
+def steps_of_sqlite() -> Iterator[list[None]]:
+    """One for every ten steps of SQLite's own machine: no other load on the computer can disturb their number."""
+    steps: list[None] = []
+
+    def watch(connection: Any, *_: Any) -> None:
+        connection.connection.driver_connection.set_progress_handler(lambda: steps.append(None), 10)
+
+    sa.event.listen(sa.Engine, "begin", watch)
+    try:
+        yield steps
+    finally:
+        sa.event.remove(sa.Engine, "begin", watch)
 
 
 async def live(bench: Bench) -> None:
@@ -213,46 +230,72 @@ async def test_schedules_and_one_offs_are_asked_about_along_their_own_index(
 
 
 async def test_the_cost_of_a_claim_and_of_a_page_does_not_grow_with_what_has_run(file: Path) -> None:
-    """Counted in steps of SQLite's own machine, so that no other load on the computer can disturb it."""
-    steps = 0
-
-    def count() -> int:
-        nonlocal steps
-        steps += 1
-        return 0
-
-    def watch(connection: sqlite3.Connection, _record: object) -> None:
-        connection.set_progress_handler(count, 10)
-
     async def cost(bench: Bench) -> int:
-        nonlocal steps
         await bench.add()
-        steps = 0
-        await bench.finish(await bench.claim_one())
-        await bench.backend.page(TaskFilter(), None, 20)
-        await bench.backend.page(TaskFilter(statuses=(TaskStatus.FAILED, TaskStatus.PENDING)), None, 20)
-        await bench.backend.counts()
-        return steps
+        with steps_of_sqlite() as steps:
+            await bench.finish(await bench.claim_one())
+            await bench.backend.page(TaskFilter(), None, 20)
+            await bench.backend.page(TaskFilter(statuses=(TaskStatus.FAILED, TaskStatus.PENDING)), None, 20)
+            await bench.backend.counts()
+        return len(steps)
 
-    sa.event.listen(sa.Engine, "connect", watch)
-    try:
-        backend = open_backend(str(file))
-        await backend.open()
-        bench = Bench(backend)
-        for _ in range(30):
-            await bench.become(TaskStatus.FAILED)
-        few = await cost(bench)
-        for _ in range(10):
-            await bench.accept(*[make_draft(at=bench.now) for _ in range(500)])
-            while claimed := await bench.claim(500):
-                for task in claimed[:1]:
-                    await bench.finish(task, TaskStatus.FAILED)
-        many = await cost(bench)
-        await backend.close()
-    finally:
-        sa.event.remove(sa.Engine, "connect", watch)
+    backend = open_backend(str(file))
+    await backend.open()
+    bench = Bench(backend)
+    for _ in range(30):
+        await bench.become(TaskStatus.FAILED)
+    few = await cost(bench)
+    for _ in range(10):
+        await bench.accept(*[make_draft(at=bench.now) for _ in range(500)])
+        while claimed := await bench.claim(500):
+            for task in claimed[:1]:
+                await bench.finish(task, TaskStatus.FAILED)
+    many = await cost(bench)
+    await backend.close()
     assert few > 10
     assert many < 1.3 * few
+
+
+async def test_the_cost_of_a_claim_does_not_grow_with_what_waits_for_a_full_executor(file: Path) -> None:
+    backend = open_backend(str(file))
+    await backend.open()
+    bench, names = Bench(backend), {"plain": "thread", "quick": "async"}
+
+    async def cost() -> int:
+        await bench.accept(*[make_draft("quick", executor="async") for _ in range(3)])
+        with steps_of_sqlite() as steps:
+            assert len(await bench.claim({"async": 3}, names=names)) == 3
+        return len(steps)
+
+    await bench.accept(*[make_draft("plain") for _ in range(10)])
+    few = await cost()
+    for _ in range(10):
+        await bench.accept(*[make_draft("plain") for _ in range(500)])
+    many = await cost()
+    await backend.close()
+    assert few > 10
+    assert many < 1.3 * few
+
+
+async def test_a_database_of_the_third_schema_gets_the_index_of_claims(file: Path) -> None:
+    backend = open_backend(str(file))
+    await backend.open()
+    await backend.close()
+    with closing(sqlite3.connect(file)) as connection:
+        connection.executescript(
+            "DROP INDEX taskflow_claim; CREATE INDEX taskflow_ready ON taskflow_task (queue) WHERE status = 'pending';"
+            "UPDATE taskflow_schema_version SET version = 3"
+        )
+    await backend.open()
+    bench = Bench(backend)
+    await bench.add()
+    await bench.finish(await bench.claim_one())
+    await backend.close()
+    with closing(sqlite3.connect(file)) as connection:
+        assert connection.execute("SELECT max(version) FROM taskflow_schema_version").fetchone() == (SCHEMA_VERSION,)
+        found = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+        assert "taskflow_claim" in found
+        assert "taskflow_ready" not in found
 
 
 async def test_nobody_waits_for_searches_and_too_many_of_them_are_refused(file: Path) -> None:

@@ -54,6 +54,10 @@ class Levels:
         """Names of which tasks are ready in that queue."""
         return {name for name, n in self._names[queue].items() if n > 0}
 
+    def ready(self, queue: str, names: Collection[str]) -> int:
+        """How many tasks of these names are ready in that queue."""
+        return sum(self._names[queue][name] for name in names)
+
     def queues(self) -> list[str]:
         return sorted(queue for queue, n in self.pending.items() if n > 0)
 
@@ -71,10 +75,13 @@ class Room:
         """Those names that this instance knows and has a slot for."""
         return {name for name in names if self._names.get(name) in self._slots}
 
+    def kinds(self, names: Collection[str]) -> set[str]:
+        """The executors of these names."""
+        return {self._names.get(name, "") for name in names}
+
     def free(self, queue: str, names: Collection[str]) -> int:
         """How many tasks of these names may be taken from that queue."""
-        kinds = {self._names.get(name, "") for name in names}
-        slots = sum(self._slots.get(kind, 0) for kind in kinds)
+        slots = sum(self._slots.get(kind, 0) for kind in self.kinds(names))
         return max(0, min(slots, self._allowed(queue), CLAIM_BATCH))
 
     def take(self, queue: str, name: str) -> bool:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import sqlalchemy as sa
 from pydantic_core import from_json
 
-from ..models import DELAYED, TaskStatus
+from ..models import DELAYED, ExecutorKind, TaskStatus
 from . import tables
 from .tables import counter, event, log, queue, rank, schedule, task
 
 STAGE_BATCH = 1_000
 RESCUE_BATCH = 500
 
+EXECUTORS: Sequence[str] = get_args(ExecutorKind)
 CLAIMED_COLUMNS = (
     task.c.task_id,
     task.c.name,
@@ -170,6 +171,28 @@ def fence(rows: sa.Subquery) -> tuple[sa.ColumnElement[bool], ...]:
     )
 
 
+def ready_tasks(*conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """Up to `most` ready tasks of a queue in their order. Each executor is a walk of its own with its own limit: where
+    that is 0, it costs nothing however many tasks wait for that executor."""
+    order = (rank.desc(), task.c.run_at, task.c.task_id)
+    ready = sa.select(*CLAIMED_COLUMNS, task.c.run_at, rank.label("rank")).where(
+        has_status("pending"), task.c.queue == sa.bindparam("queue"), *conditions
+    )
+    walks = [
+        ready.where(task.c.executor == sa.literal_column(f"'{kind}'"))
+        .order_by(*order)
+        .limit(sa.bindparam(kind))
+        .with_for_update(skip_locked=True)
+        .subquery(kind)
+        for kind in EXECUTORS
+    ]
+    found = sa.union_all(*map(sa.select, walks)).subquery("ready")
+    columns = [found.c[column.name] for column in CLAIMED_COLUMNS]
+    return (
+        sa.select(*columns).order_by(found.c.rank.desc(), found.c.run_at, found.c.task_id).limit(sa.bindparam("most"))
+    )
+
+
 class Statements:
     def __init__(self, database: Dialect) -> None:
         self._database = database
@@ -259,16 +282,9 @@ class Statements:
         self.queues = self._prepare(
             sa.select(queue.c.name, queue.c.concurrency, queue.c.max_size, queue.c.paused, queue.c.reason)
         )
-        ready = (
-            sa.select(*CLAIMED_COLUMNS)
-            .where(has_status("pending"), task.c.queue == sa.bindparam("queue"))
-            .order_by(rank.desc(), task.c.run_at, task.c.task_id)
-            .limit(sa.bindparam("most"))
-            .with_for_update(skip_locked=True)
-        )
         names = self._database.expand("names", (task.c.name,))
-        self.ready = self._prepare(self._gather(ready))
-        self.ready_named = self._prepare(self._gather(ready.where(task.c.name.in_(sa.select(names.c.name)))))
+        self.ready = self._prepare(self._gather(ready_tasks()))
+        self.ready_named = self._prepare(self._gather(ready_tasks(task.c.name.in_(sa.select(names.c.name)))))
         self.seize = self._prepare(
             task.update()
             .where(self._listed)

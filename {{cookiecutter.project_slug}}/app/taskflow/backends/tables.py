@@ -26,7 +26,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.schema import CreateIndex
 from sqlmodel import Field, SQLModel
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class Row(SQLModel):
@@ -213,7 +213,16 @@ def _only(status: str) -> dict[str, Any]:
 
 # One index for each question that is asked, and no other. The partial ones repeat the status, which makes SQLite
 # prefer them to the index of all statuses.
-Index("taskflow_ready", task.c.queue, rank.desc(), task.c.run_at, task.c.task_id, task.c.name, **_only("pending"))
+claim_index = Index(
+    "taskflow_claim",
+    task.c.queue,
+    task.c.executor,
+    rank.desc(),
+    task.c.run_at,
+    task.c.task_id,
+    task.c.name,
+    **_only("pending"),
+)
 Index("taskflow_due", task.c.status, task.c.run_at, **_only("delayed"))
 Index("taskflow_lease", task.c.status, task.c.instance, **_only("running"))
 Index("taskflow_recent", task.c.created_at, task.c.task_id)
@@ -252,6 +261,10 @@ def add_index(index: Index) -> Step:
     return lambda connection: connection.execute(CreateIndex(index, if_not_exists=True))
 
 
+def drop_index(name: str) -> Step:
+    return lambda connection: connection.execute(text(f"DROP INDEX IF EXISTS {name}"))
+
+
 STEPS: Mapping[int, Sequence[Step]] = {
     2: (add_index(audit_index),),
     3: (
@@ -259,5 +272,6 @@ STEPS: Mapping[int, Sequence[Step]] = {
         add_column(task.c.run_key),
         *map(add_index, (runs_index, live_runs_index, run_key_index, one_offs_index, skips_index)),
     ),
+    4: (drop_index("taskflow_ready"), add_index(claim_index)),
 }
 """Schema version -> what brings an older schema to it; each may run twice. New tables come by themselves."""

@@ -23,7 +23,7 @@ from .commands import Commands
 from .ledger import Ledger
 from .room import Levels, QueueBook, Room
 from .rows import dumps_object, first_claim, held_claim, micros, next_claim, stored_status
-from .statements import DRAFT_COLUMNS, FINISH_COLUMNS, Cursor, Prepared, Statements, one_column, rows_of
+from .statements import DRAFT_COLUMNS, EXECUTORS, FINISH_COLUMNS, Cursor, Prepared, Statements, one_column, rows_of
 from .tables import task
 
 CREATED_AT = DRAFT_COLUMNS.index(task.c.created_at)
@@ -315,18 +315,27 @@ class TurnWriter:
             names = room.startable(waiting)
             most = room.free(queue, names)
             if names and most:
-                candidates = self._ready(queue, names, waiting, most)
+                candidates = self._ready(queue, names, levels, room, most)
                 chosen += [next_claim(cells, self._turn.now) for cells in candidates if room.take(queue, cells[1])]
                 more = more or (len(candidates) == most and bool(room.startable(names)))
         if chosen:
             self._seize(chosen)
         return chosen, more
 
-    def _ready(self, queue: str, names: set[str], waiting: Collection[str], most: int) -> list[list[Any]]:
-        if names.issuperset(waiting):
-            return self._sql.ready.gathered(self._cursor, queue=queue, most=most)
+    def _ready(self, queue: str, names: set[str], levels: Levels, room: Room, most: int) -> list[list[Any]]:
+        """Ready tasks of these names: first those of the executors that the names have now, and where the counts say
+        that this is not all, those that were stored when a name had another."""
+        found = self._walk(queue, names, levels, dict.fromkeys(EXECUTORS, 0) | dict.fromkeys(room.kinds(names), most))
+        if len(found) < min(most, levels.ready(queue, names)):
+            found = self._walk(queue, names, levels, dict.fromkeys(EXECUTORS, most))
+        return found
+
+    def _walk(self, queue: str, names: set[str], levels: Levels, limits: Mapping[str, int]) -> list[list[Any]]:
+        most = max(limits.values())
+        if names.issuperset(levels.waiting(queue)):
+            return self._sql.ready.gathered(self._cursor, queue=queue, most=most, **limits)
         listed = one_column(sorted(names))
-        return self._sql.ready_named.gathered(self._cursor, queue=queue, most=most, names=listed)
+        return self._sql.ready_named.gathered(self._cursor, queue=queue, most=most, names=listed, **limits)
 
     def _seize(self, chosen: Sequence[Claimed]) -> None:
         """What was chosen is locked, by the transaction or row by row: all of it can be had."""
