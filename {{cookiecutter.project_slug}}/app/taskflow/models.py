@@ -255,11 +255,6 @@ class TaskRecord:
     def retries_used(self) -> int:
         return max(0, self.attempt - self.excused - 1)
 
-    @property
-    def waits(self) -> bool:
-        """True while the task is pending for a time that lies ahead when it was stored."""
-        return self.status is TaskStatus.PENDING and self.run_at > self.created_at
-
 
 @dataclass(frozen=True, slots=True)
 class TaskEvent:

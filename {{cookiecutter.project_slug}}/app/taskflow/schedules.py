@@ -100,9 +100,6 @@ class Schedules:
     def __iter__(self) -> Iterator[Schedule]:
         return iter(self._by_name.values())
 
-    def __len__(self) -> int:
-        return len(self._by_name)
-
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
 

@@ -965,7 +965,8 @@ async def stock(bench: Bench) -> None:
         await bench.add(
             name=("job", "mail")[number % 2],
             queue=("default", "slow")[number // 2 % 2],
-            tags={"tenant": f"t{number % 4}", "odd": 'a"b\\%_' if number % 5 == 0 else "plain"},
+            tags={"tenant": f"t{number % 4}", "odd": 'a"b\\%_' if number % 5 == 0 else "plain"}
+            | ({"aws:region": "eu"} if number == 13 else {}),
             source="scheduled" if number % 7 == 0 else "manual",
             run_at=bench.now + timedelta(hours=9) if number % 8 == 0 else None,
         )
@@ -1002,6 +1003,8 @@ WHERE: dict[str, tuple[TaskFilter, Any]] = {
         TaskFilter(tags=(("tenant", "t0"), ("odd", "plain"))),
         lambda r: r.tags == {"tenant": "t0", "odd": "plain"},
     ),
+    "tag in another case": (TaskFilter(tags=(("tenant", "T1"),)), lambda r: False),
+    "tag with colons in its key": (TaskFilter(tags=(("aws", "region:eu"),)), lambda r: "aws:region" in r.tags),
     "no such tag": (TaskFilter(tags=(("tenant", "t"),)), lambda r: False),
     "since": (TaskFilter(since=START + timedelta(minutes=5)), lambda r: r.created_at >= START + timedelta(minutes=5)),
     "until": (TaskFilter(until=START + timedelta(minutes=5)), lambda r: r.created_at <= START + timedelta(minutes=5)),

@@ -214,7 +214,7 @@ async def test_options_arguments_and_keys_are_those_of_any_task(start_service: S
         session.commit()
     record = await service.manager.store.get(task_id)
     assert (dict(record.tags), record.priority, record.status) == ({"a": "b"}, 3, TaskStatus.PENDING)
-    assert record.waits
+    assert record.run_at > record.created_at
     assert await service.tasks() == [TaskStatus.PENDING]
 
 

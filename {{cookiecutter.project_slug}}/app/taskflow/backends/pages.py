@@ -67,8 +67,12 @@ def indexed_conditions(where: TaskFilter, before: Cursor | None) -> list[sa.Colu
 
 
 def has_tag(key: str, value: str) -> Callable[[Any], sa.ColumnElement[bool]]:
-    pair = json.dumps({key: value})[1:-1]
-    return lambda columns: columns.tags.contains(pair, autoescape=True)
+    """Exactly that tag, cut at whichever colon: a key may hold some, and nobody who types `key:value` can tell. A text
+    that changes when the pair is taken out of it holds the pair; LIKE would not tell upper case from lower."""
+    parts = f"{key}:{value}".split(":")
+    cuts = [(":".join(parts[:place]), ":".join(parts[place:])) for place in range(1, len(parts))]
+    pairs = [json.dumps({name: said})[1:-1] for name, said in cuts if name]
+    return lambda columns: sa.or_(*(sa.func.replace(columns.tags, pair, "") != columns.tags for pair in pairs))
 
 
 def scanned_conditions(where: TaskFilter, statuses: int) -> list[Callable[[Any], sa.ColumnElement[bool]]]:

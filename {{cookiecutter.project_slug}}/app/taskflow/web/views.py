@@ -111,9 +111,6 @@ class Search:
             return replace(self, statuses=tuple(other for other in self.statuses if other is not status))
         return replace(self, statuses=(*self.statuses, status))
 
-    def without_statuses(self) -> Search:
-        return replace(self, statuses=())
-
     @property
     def looks_through_all(self) -> bool:
         """Whether some part has no index, so that only the newest tasks are looked at."""
