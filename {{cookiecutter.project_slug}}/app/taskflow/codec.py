@@ -2,7 +2,8 @@
 
 Owns the stored form of every value a task takes or returns. JSON carries str, int, float, bool, None, list and
 string-keyed dict as they are; everything else is an object with the one key `$type`-name, so that it comes back as what
-it was. Nothing is ever pickled, and a type that is not listed here is refused where the task is added.
+it was. Nothing is ever pickled, and a type that is not listed here is refused where the task is added. Instances of an
+application's own classes are told by `Objects`, where the reader has them; without, they are read as plain data.
 """
 
 from __future__ import annotations
@@ -11,17 +12,23 @@ import base64
 import dataclasses
 import json
 import math
+import re
+from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
+from functools import partial
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import pydantic
 import pydantic_core
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel, Secret, SecretBytes, SecretStr
 
 from .errors import text_of
 
@@ -37,14 +44,33 @@ LARGEST_RESULT = 64 * 1024
 """Characters of JSON."""
 
 
+class Write(Protocol):
+    """Writes a part of a value."""
+
+    def __call__(self, part: Any, place: str, strict: bool = False, /) -> Any:
+        """`place` is where in the value it is; a strict one has nothing in it that comes back plain."""
+
+
+Readers = Mapping[str, Callable[[Any], Any]]
+"""By tag: makes the value of what is stored under it."""
+
+
 class CannotStore(ValueError):
     """A value with no stored form; the message says which and where."""
 
 
-def encode(value: object) -> str:
+class Objects(Protocol):
+    """The classes that a reader of the stored form has, and their instances' stored forms."""
+
+    def write(self, value: Any, write: Write, /) -> Any | None: ...
+    def strictly(self) -> Objects: ...
+    def read(self, tag: str, stored: Any, /) -> Any: ...
+
+
+def encode(value: object, objects: Objects | None = None) -> str:
     """JSON text of a value. Raises CannotStore."""
     try:
-        return dumps(to_json(value))
+        return dumps(to_json(value, objects=objects))
     except CannotStore:
         raise
     except ValueError as error:  # an int with more digits than Python would read back
@@ -60,11 +86,15 @@ def dumps(value: object) -> str:
     return text.decode() if len(text) < LONGEST_NUMBER and text.isascii() else _encoder.encode(value)
 
 
-def decode(text: str) -> Any:
-    """The value of a JSON text that `encode` wrote. Raises ValueError when it did not."""
-    if MARK in text or "\\" in text:  # a tag, or an escape that may stand for a lone surrogate
-        return _decoder.decode(text)
-    return pydantic_core.from_json(text)
+def decode(text: str, readers: Readers | None = None) -> Any:
+    """The value of a JSON text that `encode` wrote; its objects too, with `readers_of` them. Raises ValueError when it
+    did not."""
+    stored = json.loads(text) if "\\" in text else pydantic_core.from_json(text)  # it may stand for a lone surrogate
+    return from_json(stored, readers or READERS) if MARK in text else stored
+
+
+def readers_of(objects: Objects) -> Readers:
+    return {**READERS} | {tag: partial(objects.read, tag) for tag in OBJECT_TAGS}
 
 
 def encode_result(value: object) -> str | None:
@@ -83,19 +113,26 @@ def encode_result(value: object) -> str | None:
     return text
 
 
-def encode_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """The stored form of a call: `[args, kwargs]`."""
-    return encode([list(args), dict(kwargs)])
+def encode_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], objects: Objects | None = None, *more: int) -> str:
+    """The stored form of a call: `[args, kwargs, *more]`. Raises CannotStore and other ValueErrors."""
+    return dumps(
+        [
+            [item if type(item) in PLAIN else to_json(item, f"[{at}]", 1, objects) for at, item in enumerate(args)],
+            dict_to_json(dict(kwargs), "", 1, objects) if kwargs else {},
+            *more,
+        ]
+    )
 
 
 def decode_call(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = decode(text)
+    """A stored call in plain values, for readers that do not have its classes. Raises ValueError."""
+    args, kwargs, *_ = decode(text)
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise ValueError("the stored arguments are not a call")
     return tuple(args), kwargs
 
 
-def to_json(value: Any, where: str = "", depth: int = 0) -> Any:
+def to_json(value: Any, where: str = "", depth: int = 0, objects: Objects | None = None) -> Any:
     """The value in terms of JSON, tagged where JSON has no word for it."""
     kind = type(value)
     if kind in PLAIN:
@@ -106,65 +143,96 @@ def to_json(value: Any, where: str = "", depth: int = 0) -> Any:
         return value if math.isfinite(value) else {"$float": str(value)}
     if kind is list:
         return [
-            item if type(item) in PLAIN else to_json(item, f"{where}[{index}]", depth + 1)
+            item if type(item) in PLAIN else to_json(item, f"{where}[{index}]", depth + 1, objects)
             for index, item in enumerate(value)
         ]
     if kind is dict:
-        return dict_to_json(value, where, depth)
+        return dict_to_json(value, where, depth, objects)
     if tag := TAGS.get(kind):
-        return {tag.name: tag.write(value, where, depth)}
-    return rich_to_json(value, where, depth)
+        return {tag.name: tag.write(value, where, depth, objects)}
+    if objects is not None:
+
+        def write(part: Any, place: str, strict: bool = False) -> Any:
+            return to_json(part, where + place, depth + 1, objects.strictly() if strict else objects)
+
+        found = objects.write(value, write)
+        if found is not None:
+            return found
+    return rich_to_json(value, where, depth, objects)
 
 
-def dict_to_json(value: dict[Any, Any], where: str, depth: int) -> Any:
+def dict_to_json(value: dict[Any, Any], where: str, depth: int, objects: Objects | None = None) -> Any:
     if not value:
         return value
     if all(type(key) is str and not key.startswith(MARK) for key in value):
-        return {key: to_json(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
+        return {
+            key: item if type(item) in PLAIN else to_json(item, f"{where}[{key!r}]", depth + 1, objects)
+            for key, item in value.items()
+        }
     pairs = []
     for key, item in value.items():
-        if isinstance(key, list | dict | set):
+        written = to_json(key, f"{where} key", depth + 1, objects)
+        if is_unhashable(written):
             raise CannotStore(f"{type(key).__name__} as a dict key{at(where)}")
-        pairs.append([to_json(key, f"{where} key", depth + 1), to_json(item, f"{where}[{key!r}]", depth + 1)])
+        pairs.append([written, to_json(item, f"{where}[{key!r}]", depth + 1, objects)])
     return {"$dict": pairs}
 
 
-def rich_to_json(value: object, where: str, depth: int) -> Any:
-    """Values that come back as plain data unless the parameter's annotation says their type."""
+def is_unhashable(written: Any) -> bool:
+    """True for a stored form that is read as a list, a dict or a set."""
+    if isinstance(written, dict):
+        return len(written) != 1 or next(iter(written)) in ("$dict", "$set") or not next(iter(written)).startswith(MARK)
+    return isinstance(written, list)
+
+
+def rich_to_json(value: object, where: str, depth: int, objects: Objects | None = None) -> Any:
+    """Values that come back as plain data: no annotation says their type."""
     if isinstance(value, Enum):
-        return to_json(value.value, where, depth + 1)
+        return to_json(value.value, where, depth + 1, objects)
+    if isinstance(value, pydantic.RootModel):
+        return to_json(value.root, where, depth + 1, objects)
     if isinstance(value, BaseModel):
-        return dict_to_json(model_fields(value), where, depth)
+        return dict_to_json(model_fields(value), where, depth, objects)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return dict_to_json(fields, where, depth)
+        return dict_to_json(fields, where, depth, objects)
     for kind, tag in TAGS.items():  # subclasses: a PosixPath is a Path, a StrictInt an int
         if isinstance(value, kind):
-            return {tag.name: tag.write(value, where, depth)}
+            return {tag.name: tag.write(value, where, depth, objects)}
     for plain in (bool, int, float, str):
         if isinstance(value, plain):
             return to_json(plain(value), where, depth)
     if isinstance(value, list | Mapping):
-        return to_json(list(value) if isinstance(value, list) else dict(value), where, depth)
+        return to_json(list(value) if isinstance(value, list) else dict(value), where, depth, objects)
     raise CannotStore(f"{type(value).__module__}.{type(value).__qualname__} has no stored form{at(where)}")
 
 
 def model_fields(model: BaseModel) -> dict[str, Any]:
     """Under the names by which the model can be validated again."""
-    fields = {
-        field.validation_alias if isinstance(field.validation_alias, str) else name: getattr(model, name)
-        for name, field in type(model).model_fields.items()
-    }
+    fields = {}
+    for name, field in type(model).model_fields.items():
+        alias = field.validation_alias
+        if isinstance(alias, AliasChoices):
+            alias = next((choice for choice in alias.choices if isinstance(choice, str)), None)
+        fields[alias if isinstance(alias, str) else name] = getattr(model, name)
     return fields | (model.model_extra or {})
 
 
-def untag(found: dict[str, Any]) -> Any:
-    """JSON's object hook: a tagged object becomes its value, any other stays a dict."""
-    if len(found) == 1:
-        ((name, stored),) = found.items()
-        if (read := READERS.get(name)) is not None:
-            return read(stored)
-    return found
+def from_json(stored: Any, readers: Readers) -> Any:
+    """What `to_json` wrote, as the value that it was; lists and dicts are filled where they are."""
+    if type(stored) is list:
+        for index, item in enumerate(stored):
+            if type(item) is list or type(item) is dict:
+                stored[index] = from_json(item, readers)
+    elif type(stored) is dict:
+        for name, item in stored.items():
+            if type(item) is list or type(item) is dict:
+                stored[name] = from_json(item, readers)
+        if len(stored) == 1:
+            ((name, inner),) = stored.items()
+            if (read := readers.get(name)) is not None:
+                return read(inner)
+    return stored
 
 
 def at(where: str) -> str:
@@ -177,19 +245,33 @@ def at(where: str) -> str:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tag:
     name: str
-    write: Callable[[Any, str, int], Any]
+    write: Callable[[Any, str, int, Objects | None], Any]
     read: Callable[[Any], Any]
 
 
 def scalar(name: str, write: Callable[[Any], Any], read: Callable[[Any], Any]) -> Tag:
-    return Tag(name, lambda value, _where, _depth: write(value), read)
+    return Tag(name, lambda value, _where, _depth, _objects: write(value), read)
 
 
 def items(name: str, kind: Callable[[list[Any]], Any]) -> Tag:
-    def write(value: Any, where: str, depth: int) -> list[Any]:
-        return [to_json(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+    hashes = kind in (set, frozenset)
+
+    def write(value: Any, where: str, depth: int, objects: Objects | None) -> list[Any]:
+        found = [to_json(item, f"{where}[{index}]", depth + 1, objects) for index, item in enumerate(value)]
+        if hashes and any(map(is_unhashable, found)):
+            raise CannotStore(f"a {kind} of what is stored as dicts or lists{at(where)}")
+        return found
 
     return Tag(name, write, kind)
+
+
+def parts(name: str, take: Callable[[Any], list[Any]], read: Callable[..., Any]) -> Tag:
+    """A value that is stored as a few others."""
+
+    def write(value: Any, where: str, depth: int, objects: Objects | None) -> list[Any]:
+        return [to_json(item, where, depth + 1, objects) for item in take(value)]
+
+    return Tag(name, write, lambda stored: read(*stored))
 
 
 def write_moment(value: datetime | time) -> Any:
@@ -212,6 +294,25 @@ def read_moment(kind: type[datetime] | type[time]) -> Callable[[Any], Any]:
     return read
 
 
+LIBRARY: dict[type, str] = {
+    kind: kind.__name__
+    for kind in (
+        *(IPv4Interface, IPv4Network, IPv4Address, IPv6Interface, IPv6Network, IPv6Address, Fraction),
+        *(getattr(pydantic, name) for name in pydantic.__all__ if name.endswith(("Url", "Dsn", "DSN"))),
+    )
+}
+"""Types that come with Python and pydantic, and are made of a text."""
+_by_text = {name: kind for kind, name in LIBRARY.items()}
+_text = parts("$text", lambda v: [LIBRARY[type(v)], str(v)], lambda name, text: _by_text[name](text))
+
+
+def secret(kind: Callable[[Any], Any]) -> Tag:
+    name = kind.__name__
+    return parts("$secret", lambda v: [name, v.get_secret_value()], lambda name, value: SECRETS[name](value))
+
+
+SECRETS: dict[str, Callable[[Any], Any]] = {"SecretStr": SecretStr, "SecretBytes": SecretBytes, "Secret": Secret}
+
 TAGS: dict[type, Tag] = {
     tuple: items("$tuple", tuple),
     set: items("$set", set),
@@ -226,12 +327,25 @@ TAGS: dict[type, Tag] = {
     UUID: scalar("$uuid", str, UUID),
     bytes: scalar("$bytes", lambda v: base64.b64encode(v).decode(), base64.b64decode),
     PurePath: scalar("$path", str, Path),
+    deque: parts("$deque", lambda v: [list(v), v.maxlen], deque),
+    re.Pattern: parts("$pattern", lambda v: [v.pattern, v.flags], re.compile),
+    SecretStr: secret(SecretStr),
+    SecretBytes: secret(SecretBytes),
+    Secret: secret(Secret),
+    **dict.fromkeys(LIBRARY, _text),
 }
-READERS: dict[str, Callable[[Any], Any]] = {
+OBJECT_TAGS = ("$model", "$row", "$data", "$enum", "$named", "$of")
+"""What `Objects` writes: `[class, state, ...]`."""
+READERS: Readers = {
     **{tag.name: tag.read for tag in TAGS.values()},
     "$float": float,
     "$dict": dict,
+    "$model": lambda stored: stored[1] | (stored[3] or {} if stored[3:] else {}),
+    "$row": lambda stored: stored[1],
+    "$data": lambda stored: stored[1],
+    "$enum": lambda stored: stored[-1],
+    "$named": lambda stored: tuple(stored[1].values()),
+    "$of": lambda stored: stored[1],
 }
 
 _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-_decoder = json.JSONDecoder(object_hook=untag)

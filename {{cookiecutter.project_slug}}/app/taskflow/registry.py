@@ -1,4 +1,4 @@
-"""Which functions are tasks: name -> function, its settings, and how to check and store its arguments.
+"""Which functions are tasks: name -> function, its settings, and how it takes its arguments.
 
 Owns the table that `@task_manager.task` fills. A name belongs to one function for the life of the process; a second
 function of the same name is refused where it is written.
@@ -6,22 +6,17 @@ function of the same name is refused where it is written.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ConfigDict, PydanticUserError, ValidationError, validate_call
-
-from . import codec
+from .arguments import Arguments, Call
 from .dependencies import Dependencies, dependencies_of
-from .errors import TaskArgumentError, TaskflowError, UnknownFunction
+from .errors import TaskflowError, UnknownFunction
 from .models import ExecutorKind, TaskConfig
 
 TaskFunction = Callable[..., Any]
-MISSING = inspect.Parameter.empty
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,8 +27,7 @@ class TaskDefinition:
     function: TaskFunction
     config: TaskConfig
     executor: ExecutorKind
-    check: Callable[..., Call] = field(repr=False)
-    """Called like the function; returns the arguments as their annotations say, or raises ValidationError."""
+    arguments: Arguments = field(repr=False)
     dependencies: Dependencies | None = None
     """Parameters that FastAPI resolves for each attempt: they are no arguments."""
 
@@ -48,52 +42,11 @@ class TaskDefinition:
 
     def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The stored form of a call, checked against the signature. Raises TaskArgumentError."""
-        for name in self.dependencies.names & kwargs.keys() if self.dependencies else ():
-            rule = "is resolved by Depends when the task runs, it cannot be passed"
-            raise TaskArgumentError(self.name, name, kwargs[name], rule)
-        args, kwargs = self._checked(args, kwargs)
-        try:
-            return codec.encode_call(args, kwargs)
-        except (codec.CannotStore, RecursionError) as error:
-            raise self._first_refused(args, kwargs, error) from error
+        return self.arguments.encode(args, kwargs)
 
     def decode(self, stored: str) -> Call:
-        """The call that `encode` stored, with its types. Raises ValueError, or TaskArgumentError after a change of
-        the function's signature."""
-        args, kwargs = codec.decode_call(stored)
-        return self._checked(args, kwargs)
-
-    def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        try:
-            found, named = self.check(*args, **kwargs)
-        except ValidationError as error:
-            raise self._refusal(error) from error
-        # What the caller left out stays out: a default is the function's own, and need not be storable.
-        return found[: len(args)], {name: value for name, value in named.items() if name in kwargs}
-
-    def _refusal(self, error: ValidationError) -> TaskArgumentError:
-        first = error.errors(include_url=False)[0]
-        place, *deeper = list[Any](first["loc"]) or [""]
-        rule = first["msg"] + (f" (at {'.'.join(map(str, deeper))})" if deeper else "")
-        value = first["input"] if "missing" not in first["type"] else MISSING
-        parameter = self._parameter(place)
-        return TaskArgumentError(self.name, parameter, value, rule)
-
-    def _first_refused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> TaskArgumentError:
-        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        for place, value in places:
-            try:
-                codec.encode(value)
-            except (codec.CannotStore, RecursionError) as reason:
-                return TaskArgumentError(self.name, self._parameter(place), value, str(reason))
-        return TaskArgumentError(self.name, "", (args, kwargs), str(error))
-
-    def _parameter(self, place: int | str) -> str:
-        if isinstance(place, str):
-            return place
-        signature = self.dependencies.arguments if self.dependencies else inspect.signature(self.function)
-        names = list(signature.parameters)
-        return names[place] if place < len(names) else str(place)
+        """The call that `encode` stored. Raises ValueError, TypeError or TaskArgumentError when it cannot be read."""
+        return self.arguments.decode(stored)
 
 
 class TaskRegistry:
@@ -123,8 +76,8 @@ class TaskRegistry:
                 f"{where(function)}: executor='process' cannot run a function with Depends "
                 f"({', '.join(sorted(dependencies.names))}), because what they open does not cross to another process"
             )
-        check = argument_check(function, dependencies)
-        definition = TaskDefinition(name, function, config, executor, check, dependencies)
+        arguments = Arguments(name, function, dependencies)
+        definition = TaskDefinition(name, function, config, executor, arguments, dependencies)
         self._by_name[name] = definition
         if replaces:
             self._by_function[function] = definition
@@ -181,25 +134,6 @@ def executor_for(function: TaskFunction, config: TaskConfig) -> ExecutorKind:
             "because a worker process finds it by importing its module"
         )
     return wanted
-
-
-def argument_check(function: TaskFunction, dependencies: Dependencies | None = None) -> Callable[..., Call]:
-    """A function of the same signature that returns its arguments, checked and converted as they are annotated."""
-    injected = dependencies.names if dependencies else frozenset[str]()
-
-    @functools.wraps(function)
-    def arguments(*args: Any, **kwargs: Any) -> Call:
-        return args, kwargs
-
-    hints = getattr(function, "__annotations__", {})
-    arguments.__annotations__ = {name: hint for name, hint in hints.items() if name not in {"return", *injected}}
-    if dependencies is not None:
-        arguments.__signature__ = dependencies.arguments  # type: ignore[attr-defined]
-    try:
-        check: Callable[..., Call] = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(arguments)
-        return check
-    except (PydanticUserError, NameError) as error:
-        raise TaskflowError(f"{where(function)}: its annotations cannot be checked ({error})") from error
 
 
 def same_function(one: TaskFunction, other: TaskFunction) -> bool:
