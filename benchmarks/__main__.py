@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -29,6 +30,10 @@ RIVALS = ROOT / "build" / "rivals"
 RIVAL_PACKAGES = ["fastapi-taskflow==0.12.1", "apscheduler==3.11.3", "tzlocal==5.4.5"]
 CONTESTANTS = ["ours", "pypi", "plain"]
 SCHEDULERS = ["ours", "apscheduler", "apscheduler_memory"]
+ALONE = "alone"
+ARRANGEMENTS = [ALONE, "before, auto_install", "after, auto_install", "before", "after"]
+"""Where `TaskAdmin` stands in an app, and whether it manages every route: see `routes.py`."""
+ROUTES = ["nothing", "async", "plain"]
 
 Result = Mapping[str, float]
 
@@ -56,15 +61,33 @@ def child(contestant: str, *arguments: str) -> Result:
 
 
 def signup(contestant: str) -> Result:
-    """The sign-up route under 32 connections for 6 seconds, the server in a process of its own."""
+    """The sign-up route under 32 connections for 6 seconds."""
+    with served("benchmarks.server", contestant) as port:
+        asyncio.run(post_repeatedly(port, "/signup?email=a%40example.com", 8, 1.0))
+        return asyncio.run(post_repeatedly(port, "/signup?email=a%40example.com", 32, 6.0))
+
+
+def each_route(arrangement: str) -> Result:
+    """Requests a second and the slowest percent of each route of an app, under 32 connections for 3 seconds each."""
+    found: dict[str, float] = {}
+    with served("benchmarks.routes", arrangement) as port:
+        for route in ROUTES:
+            asyncio.run(post_repeatedly(port, f"/{route}", 8, 0.5))
+            measured = asyncio.run(post_repeatedly(port, f"/{route}", 32, 3.0))
+            found |= {route: measured["requests_per_second"], f"{route}_p99": measured["p99_ms"]}
+    return found
+
+
+@contextmanager
+def served(module: str, subject: str) -> Iterator[int]:
+    """The port of a server in a process of its own, with a new database."""
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        command = [sys.executable, "-m", "benchmarks.server", contestant, str(Path(folder) / "tasks.db"), str(port)]
+        command = [sys.executable, "-m", module, subject, str(Path(folder) / "tasks.db"), str(port)]
         server = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
         try:
             wait_for(port)
-            asyncio.run(post_repeatedly(port, "/signup?email=a%40example.com", 8, 1.0))
-            return asyncio.run(post_repeatedly(port, "/signup?email=a%40example.com", 32, 6.0))
+            yield port
         finally:
             server.kill()
             server.wait()
@@ -125,14 +148,32 @@ def compare(name: str, rounds: int) -> None:
     show(title, samples)
 
 
+def routes(rounds: int) -> None:
+    """What the routes of an app keep when the task system stands in it: their share of what they do alone."""
+    samples: defaultdict[str, list[Result]] = defaultdict(list)
+    for _ in range(rounds):
+        for arrangement in ARRANGEMENTS:
+            samples[arrangement].append(each_route(arrangement))
+    middle = {
+        name: {key: median(result[key] for result in results) for key in results[0]}
+        for name, results in samples.items()
+    }
+    alone = middle[ALONE]
+    print("\nRequests a second of an app's routes, 32 connections; in brackets what is kept; slowest 1 % above")
+    for name, found in middle.items():
+        cells = [
+            f"{route} {found[route]:>6,.0f} ({found[route] / alone[route]:4.2f}) {found[route + '_p99']:6.1f} ms"
+            for route in ROUTES
+        ]
+        print(f"  {name:<22} " + "   ".join(cells), flush=True)
+
+
 def main() -> None:
+    everything = [*COMPARISONS, "routes", "paths", "history"]
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(COMPARISONS)}, paths, history; default: all"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(everything)}; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    everything = [*COMPARISONS, "paths", "history"]
     if unknown := set(arguments.names) - set(everything):
         parser.error(f"no such comparison: {', '.join(sorted(unknown))}")
     install_rivals()
@@ -141,6 +182,8 @@ def main() -> None:
     )
     for name in arguments.names or everything:
         match name:
+            case "routes":
+                routes(arguments.rounds)
             case "paths":
                 alone("Our own paths", {path: ("path", path) for path in PATHS}, arguments.rounds)
             case "history":

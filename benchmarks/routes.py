@@ -1,7 +1,7 @@
 """What the system costs the routes of an app: none of its own, one task by an async route, one by a plain route.
 
 `python -m benchmarks.routes ARRANGEMENT DATABASE PORT` serves one arrangement. The routes stand in a router of their
-own, as in a real app, and `TaskAdmin` before or after it, with and without `auto_install`; `alone` has no task system.
+own, as in a real app, and `TaskAdmin` "before" or "after" it, also with ", auto_install"; "alone" has no task system.
 """
 
 import gc
@@ -12,16 +12,6 @@ import uvicorn
 from app.taskflow import TaskAdmin, TaskManager
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI
 
-ARRANGEMENTS = {
-    "alone": (None, False),
-    "before, auto_install": ("before", True),
-    "before": ("before", False),
-    "after, auto_install": ("after", True),
-    "after": ("after", False),
-}
-"""Name -> where `TaskAdmin` stands, and whether it manages every route."""
-ROUTES = ["nothing", "async", "plain"]
-
 
 async def async_noop(number: int) -> None: ...
 
@@ -30,11 +20,12 @@ def plain_noop(number: int) -> None: ...
 
 
 def make_app(arrangement: str, database: str) -> FastAPI:
-    place, auto_install = ARRANGEMENTS[arrangement]
+    place, _, option = arrangement.partition(", ")
+    auto_install = bool(option)
     manager = TaskManager(snapshot_db=database)
     manager.task(async_noop)
     manager.task(plain_noop)
-    asks: Any = Annotated[Any, Depends(manager.get_tasks)] if place and not auto_install else BackgroundTasks
+    asks: Any = Annotated[Any, Depends(manager.get_tasks)] if place != "alone" and not auto_install else BackgroundTasks
     router = APIRouter()
 
     @router.post("/nothing")
