@@ -21,6 +21,7 @@ from .backends.base import AttemptId, Claimed, Demand, Finish, TurnResult
 from .context import CarriedContexts
 from .executors import Executor, ThreadExecutor
 from .journal import Journal
+from .loops import until
 from .registry import TaskDefinition, TaskRegistry
 from .runner import Attempt, Interrupted, Runner, stopped
 from .threads import Job
@@ -97,7 +98,7 @@ class Dispatcher:
         for attempt_id in result.stopping:
             self.cancel(attempt_id)
         for task in result.claimed:
-            self._begin(task)
+            self._begin(task) if self._claiming else self._give_back(task)
 
     # -- running
 
@@ -128,9 +129,13 @@ class Dispatcher:
         running.stop("operator", interrupt=running.kind != "thread")
         return True
 
-    async def drain(self, deadline: float) -> None:
-        """Starts nothing more and waits for what runs until the monotonic `deadline`; the rest is interrupted."""
+    def retire(self) -> None:
+        """Claims nothing more. What the turn under way still claims is given back."""
         self._claiming = False
+
+    async def drain(self, deadline: float) -> None:
+        """Waits for what runs until the monotonic `deadline`; the rest is interrupted."""
+        self.retire()
         await until(lambda: not self._running, deadline)  # nor before what has ended is on the disk
         if unfinished := self._unfinished():
             logger.warning("%d tasks were still running at the end of the shutdown time: interrupted", len(unfinished))
@@ -140,10 +145,10 @@ class Dispatcher:
         for executor in self._executors.values():
             executor.close()
 
-    async def wait_closed(self) -> None:
-        """After `drain`: returns when no worker process is left."""
+    async def wait_closed(self, deadline: float) -> None:
+        """After `drain`: returns when no worker process is left; those that are at the deadline are killed."""
         for executor in self._executors.values():
-            await executor.wait_closed()
+            await executor.wait_closed(deadline)
 
     def _unfinished(self) -> list[Running]:
         return [running for running in self._running.values() if running.cancel is not None]
@@ -158,6 +163,12 @@ class Dispatcher:
             self._launch(running, definition)
         except Exception as error:  # noqa: BLE001 - the net under user code: a task factory of its own, say
             self._ended(running, self._runner.broken(running.attempt, error))
+
+    def _give_back(self, task: Claimed) -> None:
+        running = Running(self._runner.attempt(task), task.executor)
+        self._running[task.attempt_id] = running
+        self._used[running.kind] += 1
+        self._ended(running, self._runner.given_back(running.attempt))
 
     def _launch(self, running: Running, definition: TaskDefinition | None) -> None:
         task = running.attempt.task
@@ -204,9 +215,3 @@ class Dispatcher:
             self._used[running.kind] -= 1
         if lost:
             logger.warning("task %s: its lease was lost, its result is refused", finish.task.task_id)
-
-
-async def until(holds: Callable[[], bool], deadline: float) -> None:
-    """Returns when it holds, at the latest at the monotonic `deadline`."""
-    while not holds() and monotonic() < deadline:
-        await asyncio.sleep(0.01)

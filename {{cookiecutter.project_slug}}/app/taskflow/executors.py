@@ -63,8 +63,8 @@ class Executor(Protocol):
     def close(self) -> None:
         """Lets go of the workers. Whatever still runs in a thread is abandoned to the end of the process."""
 
-    async def wait_closed(self) -> None:
-        """After `close`: returns when every worker that can be ended has ended."""
+    async def wait_closed(self, deadline: float) -> None:
+        """After `close`: returns when every worker that can be ended has; from the monotonic `deadline` on by force."""
 
 
 class AsyncExecutor:
@@ -80,7 +80,7 @@ class AsyncExecutor:
 
     def close(self) -> None: ...
 
-    async def wait_closed(self) -> None: ...
+    async def wait_closed(self, deadline: float) -> None: ...
 
 
 class ThreadExecutor:
@@ -126,7 +126,7 @@ class ThreadExecutor:
             self._crew.dismiss()
             self._crew = None
 
-    async def wait_closed(self) -> None: ...
+    async def wait_closed(self, deadline: float) -> None: ...
 
 
 def settle(done: asyncio.Future[Any], job: Job) -> None:

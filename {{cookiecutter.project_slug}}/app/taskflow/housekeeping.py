@@ -24,7 +24,7 @@ from .dispatcher import Dispatcher
 from .errors import BackendUnavailable
 from .journal import Journal
 from .leases import LOOKS_PER_LEASE, Watch
-from .loops import Loop
+from .loops import Loop, until
 from .models import Cursor, QueueConfig, TaskFilter, TaskStatus
 from .store import TaskStore
 
@@ -145,15 +145,11 @@ class Heartbeat:
         """Whether heartbeats have come through of late as they should: who has trouble judges nobody."""
         return not self._failing and monotonic() - self._written < self._lease_seconds / 2
 
-    def stop(self) -> None:
-        """Ends the lease, so that nobody waits for it to lapse."""
+    async def stop(self, deadline: float) -> None:
+        """Ends the lease, so that nobody waits for it to lapse. Returns at the monotonic `deadline` in any case."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=2.0)
-            try:
-                self._backend.leave(self._me.instance_id)
-            except BackendUnavailable as error:
-                logger.warning("could not sign off: %s", error)
+        if (thread := self._thread) is not None:
+            await until(lambda: not thread.is_alive(), deadline)
 
     def _run(self) -> None:
         regular = self._lease_seconds / BEATS_PER_LEASE
@@ -164,6 +160,10 @@ class Heartbeat:
             except Exception as error:  # noqa: BLE001 - the next one comes
                 if not failed_before:  # once an outage, not once a second
                     logger.warning("heartbeat: %s; tried again every second", error)
+        try:
+            self._backend.leave(self._me.instance_id)
+        except Exception as error:  # noqa: BLE001 - its lease will lapse
+            logger.warning("could not sign off: %s", error)
 
 
 class Housekeeping:
@@ -217,8 +217,8 @@ class Housekeeping:
         await self._cancel_loop.stop()
         await self._retention_loop.stop()
 
-    async def sign_off(self) -> None:
-        await asyncio.to_thread(self.heartbeat.stop)
+    async def sign_off(self, deadline: float) -> None:
+        await self.heartbeat.stop(deadline)
 
     async def _rescue_round(self) -> None:
         try:

@@ -36,13 +36,15 @@ from .backends.base import (
 )
 from .context import TaskContext
 from .errors import BackendUnavailable, QueueFullError, TaskflowError
-from .loops import Loop, pause_after
+from .loops import Loop, is_cancelled, pause_after, until
 from .models import QueueState
 from .texts import clean, fields_text
 
 logger = logging.getLogger("taskflow")
 
 ACCEPT_TIMEOUT = 2.0
+REFUSE_INTERVAL = 0.1
+"""Seconds between looks for callers whose time is up, while a turn takes longer than that."""
 POLL_INTERVAL = 1.0
 """Seconds after which a turn looks for work that nobody announced."""
 MOST_WAITING = 10_000
@@ -90,14 +92,26 @@ class Waiting:
 class Batch:
     """What one turn carries; kept until the database has confirmed it."""
 
-    finishes: list[Finish]
-    waiting: list[Waiting]
-    logs: list[LogLine]
-    progress: list[Progress]
+    logs: list[LogLine] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
+    waiting: list[Waiting] = field(default_factory=list)
+    finishes: list[Finish] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         return len(self.finishes) + len(self.waiting) + len(self.logs) + len(self.progress)
+
+    def parts(self) -> list[Batch]:
+        """Smaller batches that make up this one: its kinds apart, or what is of one kind halved."""
+        kinds = [Batch(logs=self.logs), Batch(progress=self.progress), Batch(waiting=self.waiting)]
+        kinds = [batch for batch in [*kinds, Batch(finishes=self.finishes)] if batch.size]
+        if len(kinds) > 1:
+            return kinds
+        middle = self.size // 2
+        return [self._slice(slice(middle)), self._slice(slice(middle, None))]
+
+    def _slice(self, part: slice) -> Batch:
+        return Batch(self.logs[part], self.progress[part], self.waiting[part], self.finishes[part])
 
 
 class Journal:
@@ -119,17 +133,16 @@ class Journal:
         self._progress: dict[AttemptId, Progress] = {}
         self._words = threading.Lock()
 
-        self._turning = False
         self._turn_began = float("inf")
         """Monotonic time at which the turn now under way began; infinite between turns."""
         self._answered = asyncio.Event()
         self._failures = 0
-        self._careful = 0
+        self._suspects: deque[Batch] = deque()
+        """Parts of a turn that failed because of what it carried, each to be tried alone."""
         self._more = False
         self._next_due: datetime | None = None
         self.queues: Mapping[str, QueueState] = {}
         """Queues that have limits, as the last turn left them."""
-        self.dropped_logs = 0
         self.last_turn: float | None = None
         """Monotonic time of the last turn that was committed; None before the first."""
         self.last_error: str | None = None
@@ -155,22 +168,40 @@ class Journal:
         self.wake()
         await self._answered.wait()
 
+    @property
+    def _turning(self) -> bool:
+        return self._turn_began < float("inf")
+
+    async def turned(self, deadline: float) -> None:
+        """Returns when no turn is under way, at the latest at the monotonic `deadline`."""
+        await until(lambda: not self._turning, deadline)
+
     async def flush(self, deadline: float) -> None:
         """Writes what waits, until the monotonic `deadline`."""
-        while (self._turning or self._finishes or self._waiting or self._logs) and monotonic() < deadline:
-            self.wake()
+        while monotonic() < deadline:
+            if self._suspects or self._finishes or self._waiting or self._logs:
+                self.wake()
+            elif not self._turning:
+                return
             await asyncio.sleep(0.005)
 
-    async def stop(self) -> None:
-        """Ends the loop; whoever still waits is told so."""
+    async def stop(self, deadline: float = 0.0) -> None:
+        """Ends the loop after the turn under way, at the monotonic `deadline` in any case; whoever still waits is told
+        so."""
+        await self.turned(deadline)
         await self._loop.stop()
         self._event_loop = None
+        for batch in self._suspects:
+            self._put_back(batch)
+        self._suspects.clear()
         while self._waiting:
             settle(self._waiting.popleft(), BackendUnavailable("the service stopped"))
         if self._finishes:
             logger.error("stopped with %d results that the database did not take", len(self._finishes))
             self._finishes.clear()
-        await self._backend.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + max(0.1, deadline - monotonic())):
+                await self._backend.close()
         self._opened, self.last_turn = False, None
         self._answered.clear()
 
@@ -242,7 +273,6 @@ class Journal:
             context.tags,
         )
         with self._words:
-            self.dropped_logs += len(self._logs) == MOST_WAITING
             self._logs.append(line)
         self.wake()
 
@@ -261,11 +291,8 @@ class Journal:
         await self._linger()
         self._expire()
         batch = self._collect()
-        self._turning, self._turn_began = batch.size > 0, monotonic()
         try:
-            if not self._opened:
-                await self._open()
-            result = await asyncio.shield(self._backend.turn(self._turn(batch)))
+            result = await self._answer(batch)
         except BackendUnavailable as error:
             self._put_back(batch)
             self._away(error.reason)
@@ -275,11 +302,31 @@ class Journal:
             raise
         except asyncio.CancelledError:
             self._put_back(batch)
+            if not is_cancelled():
+                self._away("the turn was cancelled")
             raise
         else:
             self._written(batch, result)
+
+    async def _answer(self, batch: Batch) -> TurnResult:
+        """Of the turn, however long it takes. Meanwhile those who are not in it are refused when their time is up."""
+        self._turn_began = monotonic()
+        loop = asyncio.get_running_loop()
+        late: asyncio.TimerHandle
+
+        def refuse() -> None:
+            nonlocal late
+            self._expire()
+            late = loop.call_later(REFUSE_INTERVAL, refuse)
+
+        late = loop.call_later(ACCEPT_TIMEOUT, refuse)
+        try:
+            if not self._opened:
+                await self._open()
+            return await asyncio.shield(self._backend.turn(self._turn(batch)))
         finally:
-            self._turning, self._turn_began = False, float("inf")
+            late.cancel()
+            self._turn_began = float("inf")
 
     async def _open(self) -> None:
         try:
@@ -289,7 +336,7 @@ class Journal:
         self._opened = True
 
     async def _until_needed(self) -> None:
-        if not (self._wake.is_set() or self._more or self._careful or self._waiting or self._finishes):
+        if not (self._wake.is_set() or self._more or self._suspects or self._waiting or self._finishes):
             try:
                 async with asyncio.timeout(self._seconds_to_next_look()):
                     await self._wake.wait()
@@ -330,36 +377,28 @@ class Journal:
         return min(POLL_INTERVAL, max(0.0, (self._next_due - self._clock()).total_seconds()))
 
     def _expire(self) -> None:
-        """Refuses those whose time is up. Between turns only: inside one nobody can say whether they are written."""
+        """Refuses those whose time is up, while the database does not answer. Those who are in the turn under way are
+        not among them: nobody can say yet whether they are written."""
         now = monotonic()
-        while self._failures and self._waiting and self._waiting[0].deadline <= now:
+        while self._stalled and self._waiting and self._waiting[0].deadline <= now:
             settle(self._waiting.popleft(), BackendUnavailable(self.last_error or "no answer"))
 
     def _collect(self) -> Batch:
-        if self._careful:
-            self._careful -= 1
-            return self._one_piece()
+        if self._suspects:
+            return self._suspects.popleft()
         finishes, self._finishes = self._finishes, []
         waiting: list[Waiting] = []
         drafts = 0
         while self._waiting and drafts < MOST_DRAFTS_PER_TURN:
-            waiting.append(self._waiting.popleft())
-            drafts += len(waiting[-1].drafts)
+            first = self._waiting.popleft()
+            if not first.done.done():  # its caller gave up
+                waiting.append(first)
+                drafts += len(first.drafts)
         with self._words:
             logs, progress = list(self._logs), list(self._progress.values())
             self._logs.clear()
             self._progress.clear()
-        return Batch(finishes, waiting, logs, progress)
-
-    def _one_piece(self) -> Batch:
-        if self._waiting:
-            return Batch([], [self._waiting.popleft()], [], [])
-        if self._finishes:
-            return Batch([self._finishes.pop(0)], [], [], [])
-        with self._words:
-            if self._logs:
-                return Batch([], [], [self._logs.popleft()], [])
-            return Batch([], [], [], [self._progress.pop(key) for key in [*self._progress][:1]])
+        return Batch(logs, progress, waiting, finishes)
 
     def _turn(self, batch: Batch) -> Turn:
         return Turn(
@@ -398,7 +437,6 @@ class Journal:
         self._finishes[:0] = batch.finishes
         self._waiting.extendleft(reversed(batch.waiting))
         with self._words:
-            self.dropped_logs += max(0, len(batch.logs) + len(self._logs) - MOST_WAITING)
             self._logs = deque([*batch.logs, *self._logs], maxlen=MOST_WAITING)  # the newest stay
             self._progress = {item.attempt_id: item for item in batch.progress} | self._progress
 
@@ -410,18 +448,15 @@ class Journal:
         self.last_error = reason
 
     def _isolate(self, batch: Batch, error: Exception) -> None:
-        """One broken value must not hold up the others: the batch is tried again piece by piece, and the piece that
-        fails alone is given up."""
+        """One broken value must not hold up the others: the batch is tried again in parts, and what fails alone is
+        given up."""
         self._away(f"{type(error).__name__}: {error}")
         if batch.size > 1:
-            self._put_back(batch)
-            self._careful = batch.size
+            self._suspects.extendleft(reversed(batch.parts()))
         elif batch.waiting:
             settle(batch.waiting[0], error)
-        elif batch.finishes:
-            self._finishes += [without_texts(finish) for finish in batch.finishes]  # behind those that can be written
-        else:
-            self.dropped_logs += batch.size
+        else:  # a log line or a word of progress is dropped; a finish waits behind those that can be written
+            self._finishes += [without_texts(finish) for finish in batch.finishes]
 
     async def _pause(self) -> None:
         """Before the next try, but never beyond the moment when somebody has to be told "no"."""

@@ -1,7 +1,8 @@
 """The one lifecycle of every background loop: start, run for ever, survive its own errors, stop.
 
 Owns nothing but the asyncio task. A body is one round; what it raises is logged and the next round comes after a
-jittered pause that grows while rounds keep failing. Whoever started a loop stops it.
+jittered pause that grows while rounds keep failing. Whoever started a loop stops it: a cancellation that nobody asked
+for, from a driver say, is one more error.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from time import monotonic
 
 logger = logging.getLogger("taskflow")
 
@@ -46,7 +48,21 @@ class Loop:
             try:
                 await self._body()
                 failures = 0
-            except Exception:
+            except (Exception, asyncio.CancelledError):
+                if is_cancelled():
+                    raise
                 failures += 1
                 logger.exception("%s: a round failed, the loop goes on", self.name)
                 await asyncio.sleep(pause_after(failures))
+
+
+def is_cancelled() -> bool:
+    """Whether somebody cancelled the running asyncio task: a CancelledError alone does not tell."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def until(holds: Callable[[], bool], deadline: float) -> None:
+    """Returns when it holds, at the latest at the monotonic `deadline`."""
+    while not holds() and monotonic() < deadline:
+        await asyncio.sleep(0.01)

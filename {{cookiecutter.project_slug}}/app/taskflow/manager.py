@@ -55,7 +55,7 @@ STANDSTILL = 10.0
 """Seconds without a committed turn after which this process is not ready. An idle one makes a turn every second."""
 START_TIMEOUT = 2.0
 """Seconds that a starting service waits for its database before it serves without it, not ready."""
-LAST_WRITES = 5.0
+LAST_WRITES = 1.5
 """Seconds that a stopping service has, beyond its drain, to write what its tasks returned."""
 
 
@@ -382,14 +382,17 @@ class TaskManager:
             return
         housekeeping, self._housekeeping = self._housekeeping, None
         deadline = monotonic() + self.shutdown_timeout
+        self.dispatcher.retire()
         await self.scheduler.stop()
         await housekeeping.stop()
+        await self.journal.turned(deadline)
         await self.dispatcher.drain(deadline)
-        await self.journal.flush(monotonic() + LAST_WRITES)
-        await housekeeping.sign_off()
-        await self.journal.stop()
-        await self.observers.stop()
-        await self.dispatcher.wait_closed()
+        last = deadline + LAST_WRITES
+        await self.journal.flush(last)
+        await housekeeping.sign_off(last)
+        await self.journal.stop(last)
+        await self.observers.stop(last)
+        await self.dispatcher.wait_closed(last)
 
 
 def task_config(**options: Unpack[TaskOptions]) -> TaskConfig:

@@ -87,6 +87,7 @@ class EventKind(StrEnum):
     CANCELLED = "cancelled"  # PENDING or RUNNING -> CANCELLED
     INTERRUPTED = "interrupted"  # RUNNING -> INTERRUPTED
     RESCUED = "rescued"  # RUNNING -> PENDING: its process went away and the task may be started again
+    RETURNED = "returned"  # RUNNING -> PENDING: claimed while its instance stopped, given back before it began
     MOVED = "moved"  # PENDING stays: a one-off with an idempotency key was given another time
     REQUEUED = "requeued"  # a terminal status -> PENDING, by an operator
     COPIED = "copied"  # no transition: an operator's retry made a new task of it

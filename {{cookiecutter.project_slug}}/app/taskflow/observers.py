@@ -25,7 +25,7 @@ from typing import Any
 
 from .backends.base import Claimed, Finish, LogLine, Moved, TurnResult
 from .errors import TaskflowError
-from .loops import Loop
+from .loops import Loop, is_cancelled
 from .models import TaskStatus
 
 logger = logging.getLogger("taskflow")
@@ -40,6 +40,8 @@ PATIENCE = 30.0
 """Seconds that one call of an observer may take before it is cancelled."""
 LAST_WORDS = 2.0
 """Seconds that a stopping service gives its observers for what waits, and as many again to close."""
+FEWEST_WORDS = 0.25
+"""The same where its time to stop is over."""
 SAY_EVERY = 60.0
 """Seconds between two lines about the same trouble of one observer."""
 
@@ -137,12 +139,13 @@ class ObserverChain:
         for channel in self._channels:
             await channel.delivered()
 
-    async def stop(self) -> None:
+    async def stop(self, deadline: float) -> None:
         """Delivers what waits and closes the observers; those that do not end in time are left behind."""
         if not self._channels:
             return
-        ends = [asyncio.create_task(channel.stop(monotonic() + LAST_WORDS)) for channel in self._channels]
-        _, late = await asyncio.wait(ends, timeout=2 * LAST_WORDS + 0.5)
+        patience = min(LAST_WORDS, max(FEWEST_WORDS, deadline - monotonic()))
+        ends = [asyncio.create_task(channel.stop(patience)) for channel in self._channels]
+        _, late = await asyncio.wait(ends, timeout=2 * patience + FEWEST_WORDS)
         for end in late:
             end.cancel()
         if late:
@@ -210,14 +213,14 @@ class Channel:
     async def delivered(self) -> None:
         await self._idle.wait()
 
-    async def stop(self, deadline: float) -> None:
+    async def stop(self, patience: float) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, deadline - monotonic())):
+            async with asyncio.timeout(patience):
                 await self.delivered()
         self._stopping = True
         await self._loop.stop()
         self._say_what_was_lost()
-        await self._call("close", patience=LAST_WORDS)
+        await self._call("close", patience=patience)
 
     async def _round(self) -> None:
         if not self._started:
@@ -245,17 +248,13 @@ class Channel:
             async with limit:
                 await hook(*args)
         except asyncio.CancelledError as error:
-            if self._is_cancelled():
+            if is_cancelled():
                 raise
             self._report(name, error)  # the observer's own: it must not end this loop
         except Exception as error:  # noqa: BLE001 - around an observer: its failure is its own
             self._report(name, TimeoutError(f"did not end within {seconds:g} s") if limit.expired() else error)
-        if self._stopping and self._is_cancelled():  # the observer swallowed the end of its loop
+        if self._stopping and is_cancelled():  # the observer swallowed the end of its loop
             raise asyncio.CancelledError
-
-    def _is_cancelled(self) -> bool:
-        task = asyncio.current_task()
-        return task is not None and task.cancelling() > 0
 
     def _report(self, name: str, error: BaseException) -> None:
         if self._failed.add():

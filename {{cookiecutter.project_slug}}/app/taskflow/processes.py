@@ -35,6 +35,7 @@ from . import codec
 from .context import TaskContext
 from .errors import TaskflowError, WorkerError, WorkerLost
 from .executors import Call
+from .loops import until
 from .models import ExecutorKind
 from .process_worker import Began, Progressed, Raised, Request, Returned, Said, hold_signals, work
 from .registry import TaskFunction, where
@@ -94,10 +95,14 @@ class ProcessExecutor:
             worker.dismiss() if worker in self._idle else worker.kill()
         self._idle.clear()
 
-    async def wait_closed(self) -> None:
-        while any(worker.alive for worker in self._workers):
-            await asyncio.sleep(0.01)
+    async def wait_closed(self, deadline: float) -> None:
+        await until(self._all_buried, deadline)
+        self._abandon()
+        await until(self._all_buried, monotonic() + BURIAL_TIME)
         self._workers.clear()
+
+    def _all_buried(self) -> bool:
+        return not any(worker.alive for worker in self._workers)
 
     async def _ask(self, worker: Worker, request: Request, call: Call) -> tuple[Reply, bool]:
         """What came of the request, and whether the function began."""

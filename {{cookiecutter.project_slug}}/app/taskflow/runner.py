@@ -138,6 +138,11 @@ class Runner:
         """
         return failed(attempt.task, error, None, self._clock())
 
+    def given_back(self, attempt: Attempt) -> Finish:
+        """What to write of an attempt that was claimed while its instance stopped, and did not begin."""
+        now = self._clock()
+        return Finish(attempt.task, EventKind.RETURNED, TaskStatus.PENDING, now, run_at=now, excused=True)
+
     def _outcome_here(self, attempt: Attempt, definition: TaskDefinition) -> Outcome:
         current.set(attempt.context)
         try:

@@ -430,14 +430,11 @@ async def test_after_a_turn_of_unknown_outcome_the_next_one_says_what_runs_here(
 # -- words: the newest are kept
 
 
-async def test_of_too_many_log_lines_the_newest_are_kept_and_the_dropped_counted(
-    journal: Journal, backend: FakeBackend
-) -> None:
+async def test_of_too_many_log_lines_the_newest_are_kept(journal: Journal, backend: FakeBackend) -> None:
     backend.go_away()
     context = make_context()
     for number in range(MOST_WAITING + 50):
         journal.log(context, "info", str(number), {})
-    assert journal.dropped_logs == 50
     backend.come_back()
     await eventually(lambda: len(backend.committed("logs")) == MOST_WAITING)
     assert [line.message for line in backend.committed("logs")] == [str(n) for n in range(50, MOST_WAITING + 50)]
@@ -460,7 +457,6 @@ async def test_log_lines_that_could_not_be_written_make_way_for_newer_ones(
     await eventually(lambda: backend.committed("logs"))
     assert [line.message for line in backend.committed("logs")][-1] == str(MOST_WAITING + 9)
     assert len(backend.committed("logs")) == MOST_WAITING
-    assert journal.dropped_logs == 10
 
 
 async def test_a_log_line_is_written_no_later_than_the_finish_that_followed_it(
@@ -541,9 +537,7 @@ async def test_a_finish_that_can_never_be_written_does_not_hold_up_the_others(
 
 
 @pytest.mark.parametrize("kind", ["logs", "progress"])
-async def test_words_that_cannot_be_written_are_dropped_and_counted(
-    journal: Journal, backend: FakeBackend, kind: str
-) -> None:
+async def test_words_that_cannot_be_written_are_dropped(journal: Journal, backend: FakeBackend, kind: str) -> None:
     backend.refuse = breaks("poison")
     context = make_context()
     if kind == "logs":
@@ -553,10 +547,89 @@ async def test_words_that_cannot_be_written_are_dropped_and_counted(
     journal.log(context, "info", "good", {})
     await eventually(lambda: [line.message for line in backend.committed("logs")] == ["good"])
     await eventually(lambda: journal.last_error is None)
-    assert journal.dropped_logs == 1
     tries = backend.tries
     await journal.accept([make_draft()])
     assert backend.tries == tries + 1
+
+
+async def test_one_broken_value_among_a_thousand_costs_a_few_turns(journal: Journal, backend: FakeBackend) -> None:
+    backend.refuse = breaks("poison")
+    context = make_context()
+    for number in range(1_000):
+        journal.log(context, "info", "poison" if number == 700 else str(number), {})
+    accepts = [asyncio.create_task(journal.accept([make_draft()])) for _ in range(100)]
+    for accept in accepts:
+        await accept
+    await eventually(lambda: len(backend.committed("logs")) == 999)
+    assert backend.tries < 40
+
+
+async def test_who_is_not_in_a_turn_that_hangs_is_refused_in_time_and_who_is_hears_the_truth(
+    journal: Journal, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "ACCEPT_TIMEOUT", 0.3)
+    tries = backend.tries
+    backend.gate.clear()
+    inside = asyncio.create_task(journal.accept([make_draft(task_id="inside")]))
+    await eventually(lambda: backend.tries > tries)
+    began = monotonic()
+    with pytest.raises(BackendUnavailable):
+        await journal.accept([make_draft(task_id="outside")])
+    assert monotonic() - began < 3
+    assert not inside.done()
+    backend.gate.set()
+    await inside
+    assert [draft.task_id for draft in backend.committed("drafts")] == ["inside"]
+
+
+async def test_what_a_caller_gave_up_is_not_stored_unless_its_turn_has_begun(
+    journal: Journal, backend: FakeBackend
+) -> None:
+    tries = backend.tries
+    backend.gate.clear()
+    inside = asyncio.create_task(journal.accept([make_draft(task_id="inside")]))
+    await eventually(lambda: backend.tries > tries)
+    for task_id in ("outside", "inside too late"):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await journal.accept([make_draft(task_id=task_id)])
+    inside.cancel()
+    backend.gate.set()
+    await journal.accept([make_draft(task_id="last")])
+    assert [draft.task_id for draft in backend.committed("drafts")] == ["inside", "last"]
+
+
+async def test_a_cancellation_that_comes_out_of_the_driver_does_not_end_the_journal(
+    journal: Journal, backend: FakeBackend
+) -> None:
+    tries = backend.tries
+
+    def cancelled(turn: Turn) -> Exception | None:
+        if backend.tries == tries + 1:
+            raise asyncio.CancelledError
+        return None
+
+    backend.refuse = cancelled
+    await journal.accept([make_draft(task_id="one")])
+    journal.finish(success())
+    await eventually(lambda: backend.committed("finishes"))
+    assert [draft.task_id for draft in backend.committed("drafts")] == ["one"]
+
+
+async def test_a_stop_waits_for_the_turn_under_way(backend: FakeBackend) -> None:
+    journal = Journal(cast(Backend, backend), clock=lambda: START)
+    journal.start("me")
+    await journal.ready()
+    tries = backend.tries
+    backend.gate.clear()
+    accept = asyncio.create_task(journal.accept([make_draft()]))
+    await eventually(lambda: backend.tries > tries)
+    stop = asyncio.create_task(journal.stop(monotonic() + PATIENCE))
+    await asyncio.sleep(0.05)
+    assert not stop.done()
+    backend.gate.set()
+    await stop
+    await accept
 
 
 async def test_a_listener_sees_each_committed_finish_once(journal: Journal, backend: FakeBackend) -> None:

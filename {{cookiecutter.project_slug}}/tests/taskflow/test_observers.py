@@ -53,7 +53,7 @@ async def running_chain(*observers: object) -> AsyncIterator[ObserverChain]:
     chain = ObserverChain(observers)
     chain.start()
     yield chain
-    await chain.stop()
+    await chain.stop(monotonic() + PATIENCE)
 
 
 @contextmanager
@@ -545,7 +545,7 @@ async def test_an_observer_is_started_told_flushed_and_closed_and_that_again_at_
     for _ in range(2):
         chain.start()
         chain.logged([make_line(1), make_line(2)])
-        await chain.stop()
+        await chain.stop(monotonic() + PATIENCE)
     assert lived.calls == ["startup", "line 1", "line 2", "flush", "close"] * 2
 
 

@@ -46,7 +46,7 @@ def warm() -> Iterator[ProcessExecutor]:
     executor = ProcessExecutor(2, shutdown_timeout=5.0)
     yield executor
     executor.close()
-    asyncio.run(executor.wait_closed())
+    asyncio.run(executor.wait_closed(monotonic() + PATIENCE))
 
 
 @asynccontextmanager
@@ -54,7 +54,7 @@ async def cold(slots: int = 1, shutdown_timeout: float = 5.0) -> AsyncIterator[P
     executor = ProcessExecutor(slots, shutdown_timeout)
     yield executor
     executor.close()
-    await executor.wait_closed()
+    await executor.wait_closed(monotonic() + PATIENCE)
 
 
 def call(
@@ -376,7 +376,7 @@ async def test_a_signal_for_all_processes_of_the_service_does_not_end_a_running_
 async def test_an_executor_that_was_closed_starts_again(warm: ProcessExecutor) -> None:
     one = await warm.run(call(tasks.pid))
     warm.close()
-    await warm.wait_closed()
+    await warm.wait_closed(monotonic() + PATIENCE)
     assert not running(one)
     assert await warm.run(call(tasks.pid)) != one
 

@@ -20,8 +20,10 @@ ENDS: Mapping[str, str] = {
     EventKind.CANCELLED: "cancelled",
     EventKind.INTERRUPTED: "interrupted",
     EventKind.RESCUED: "interrupted",
+    EventKind.RETURNED: "pending",
 }
 """Events that end an attempt, and the status whose colour its bar has."""
+WAITS_AGAIN = frozenset({EventKind.RETRYING, EventKind.RESCUED, EventKind.RETURNED})
 STACK = (
     TaskStatus.SUCCESS,
     TaskStatus.RUNNING,
@@ -197,7 +199,7 @@ def read_attempts(events: Sequence[TaskEvent]) -> Sequence[Open]:
             waits_from = None
         elif event.kind in ENDS and current is not None and current.ended is None:
             current.ended, current.outcome, current.detail = event.time, event.kind, event.detail or ""
-            waits_from = event.time if event.kind in (EventKind.RETRYING, EventKind.RESCUED) else None
+            waits_from = event.time if event.kind in WAITS_AGAIN else None
         elif event.kind == EventKind.CANCELLED:
             waits_from = None
     if waits_from is not None:

@@ -36,6 +36,7 @@ EVENT_WORDS: Mapping[str, tuple[str, str]] = {
     EventKind.CANCELLED: ("Cancelled", "cancelled"),
     EventKind.INTERRUPTED: ("Interrupted", "interrupted"),
     EventKind.RESCUED: ("Rescued from a lost instance", "interrupted"),
+    EventKind.RETURNED: ("Given back by an instance that stopped", "pending"),
     EventKind.REQUEUED: ("Queued again", "pending"),
     EventKind.COPIED: ("Retried as a new task", "pending"),
     EventKind.MOVED: ("Given another time", "pending"),
