@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -202,6 +202,8 @@ def rich_to_json(value: object, where: str, depth: int, objects: Objects | None 
     for plain in (bool, int, float, str):
         if isinstance(value, plain):
             return to_json(plain(value), where, depth)
+    if isinstance(value, VALIDATED):
+        return to_json(list(value), where, depth, objects)
     if isinstance(value, list | Mapping):
         return to_json(list(value) if isinstance(value, list) else dict(value), where, depth, objects)
     raise CannotStore(f"{type(value).__module__}.{type(value).__qualname__} has no stored form{at(where)}")
@@ -294,6 +296,8 @@ def read_moment(kind: type[datetime] | type[time]) -> Callable[[Any], Any]:
     return read
 
 
+VALIDATED = type(pydantic.TypeAdapter(Iterable[Any]).validate_python(()))
+"""What pydantic makes of an argument that is annotated as Iterable: it validates each item when it is asked for it."""
 LIBRARY: dict[type, str] = {
     kind: kind.__name__
     for kind in (
@@ -325,6 +329,7 @@ TAGS: dict[type, Tag] = {
     ),
     Decimal: scalar("$decimal", str, Decimal),
     UUID: scalar("$uuid", str, UUID),
+    ZoneInfo: scalar("$zone", str, ZoneInfo),
     bytes: scalar("$bytes", lambda v: base64.b64encode(v).decode(), base64.b64decode),
     PurePath: scalar("$path", str, Path),
     deque: parts("$deque", lambda v: [list(v), v.maxlen], deque),

@@ -9,6 +9,7 @@ knows by then, are made. `codec` calls `write` for a value that is none of its o
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -111,6 +112,7 @@ class Objects:
             same = {kind for kind in below(self._roots) if name_of(kind) == name} or {
                 kind for kind in self._roots if kind.__qualname__ == last
             }
+            same = {kind for kind in same if is_current(kind)} or same
             if len(same) == 1:
                 self._by_name[name] = found = same.pop()
                 return found
@@ -142,6 +144,14 @@ def name_of(kind: type) -> str:
     return f"{'__main__' if kind.__module__ == '__mp_main__' else kind.__module__}:{kind.__qualname__}"
 
 
+def is_current(kind: type) -> bool:
+    """True for what a class's module has under its name: a decorator may have made it anew."""
+    found: Any = sys.modules.get(kind.__module__)
+    for part in kind.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is kind
+
+
 def below(kinds: Iterable[type]) -> Iterator[type]:
     """The classes, and all that were derived from them."""
     waiting, seen = list(kinds), set[type]()
@@ -160,7 +170,7 @@ def way_of(kind: type, name: str) -> Way:
         return "$enum", name, write_enum
     if dataclasses.is_dataclass(kind):
         return "$data", name, write_data
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+    if is_named_tuple(kind):
         return "$named", name, write_named
     return "$of", name, write_variant
 
@@ -169,8 +179,7 @@ def way_of(kind: type, name: str) -> Way:
 
 
 def reached(*start: Any) -> set[type]:
-    """The classes that values of these annotations, and of these pydantic schemas, may have: those whose instances come
-    back as what they were.
+    """The classes that values of these annotations, and of these pydantic schemas, may have.
 
     A schema says what pydantic made of the annotations; the hints say what it passes by: private attributes, what is
     not to be validated, and subclasses of plain types.
@@ -190,9 +199,9 @@ def reached(*start: Any) -> set[type]:
         elif inner := get_args(item):
             waiting += [*inner, get_origin(item)]
         elif isinstance(item, type):
-            if comes_back(item):
+            if item not in PLAIN_TYPES and not is_typeddict(item):
                 found.add(item)
-            if comes_back(item) or is_typeddict(item):
+            if is_told(item):
                 waiting += hints_of(item)
         else:
             waiting += named_by(item)
@@ -221,11 +230,13 @@ def hints_of(annotated: Any) -> list[Any]:
     return hints
 
 
-def comes_back(kind: type) -> bool:
-    """True for a class whose instances `Objects` can write and read."""
-    if kind in PLAIN_TYPES or is_typeddict(kind):
-        return False
-    return issubclass(kind, (BaseModel, Enum, *VARIANTS)) or dataclasses.is_dataclass(kind)
+def is_told(kind: type) -> bool:
+    """True for a class whose annotations say what its instances hold."""
+    return issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind) or is_typeddict(kind) or is_named_tuple(kind)
+
+
+def is_named_tuple(kind: type) -> bool:
+    return hasattr(kind, "_fields") and tuple in kind.__mro__
 
 
 # -- models

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, SecretStr
 
 from app.taskflow import CancelTask, RetryLater, get_task_context, task_log
 
@@ -31,6 +33,21 @@ place: contextvars.ContextVar[str] = contextvars.ContextVar("place", default="no
 class Point:
     x: int
     y: Decimal
+
+
+class Delete(BaseModel):
+    user: str
+
+
+class Suspend(BaseModel):
+    user: str
+    key: SecretStr = SecretStr("k")
+
+
+def charged(
+    cents: Annotated[int, BeforeValidator(lambda euros: euros * 100)], order: Delete | Suspend
+) -> tuple[int, str, str, str]:
+    return cents, type(order).__name__, order.user, order.key.get_secret_value() if isinstance(order, Suspend) else ""
 
 
 class ApiError(Exception):

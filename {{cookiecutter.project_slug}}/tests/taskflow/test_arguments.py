@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from abc import ABC
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -14,6 +16,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Interface
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, TypeVar
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import pydantic
 import pytest
@@ -47,14 +50,16 @@ from pydantic import (
 )
 from typing_extensions import TypeAliasType, TypedDict, Unpack
 
-from app.taskflow import TaskArgumentError
+from app.taskflow import TaskArgumentError, TaskManager
 from app.taskflow.codec import encode_call
 from app.taskflow.executors import Call
 from app.taskflow.models import TaskConfig
 from app.taskflow.registry import TaskDefinition, TaskRegistry
 
-from .helpers import make_context
+from .conftest import StartManager
+from .helpers import eventually, make_context
 
+pytestmark = pytest.mark.anyio
 T = TypeVar("T")
 
 
@@ -393,6 +398,7 @@ ZOO: list[tuple[Any, Any]] = [
     (list["Suspend"], [Suspend(user="a")]),
     (Annotated[date, AfterValidator(lambda day: day + timedelta(days=1))], date(2026, 1, 1)),
     (UUID, str(UUID(int=1))),
+    (ZoneInfo, "Europe/Berlin"),
 ]
 
 
@@ -452,6 +458,41 @@ def test_what_no_annotation_speaks_of_arrives_whole_or_is_refused() -> None:
 def test_a_model_made_without_a_field_is_refused_at_the_caller() -> None:
     with pytest.raises(TaskArgumentError, match="no value for its field 'user'"):
         taking(Suspend).encode((Suspend.model_construct(),), {})
+
+
+class Animal(ABC):  # noqa: B024
+    """A class that pydantic knows nothing of but its name."""
+
+
+@dataclass
+class Fish(Animal):
+    fins: int
+
+
+@dataclass(slots=True)
+class Base:
+    x: int
+
+
+@dataclass(slots=True)
+class Slotted(Base):
+    """The decorator made this class twice, and the first one may still be there."""
+
+    y: int = 2
+
+
+def test_a_subclass_arrives_as_what_it_is_whatever_its_base_is() -> None:
+    assert same(brought(Animal, Fish(3)), Fish(3))
+    assert same(brought(Base, Slotted(1)), Slotted(1))
+    with pytest.raises(TaskArgumentError, match="has no stored form"):
+        taking(Animal).encode((Animal(),), {})
+
+
+def test_an_iterable_arrives_as_a_list_of_what_was_validated() -> None:
+    assert brought(Iterable[int], ["1", 2]) == [1, 2]
+    assert brought(Iterable[Colour], (name for name in ["red"])) == [Colour.RED]
+    with pytest.raises(TaskArgumentError, match="valid integer"):
+        taking(Iterable[int]).encode((["1", "x"],), {})
 
 
 # -- signatures
@@ -531,6 +572,48 @@ def test_without_annotation_arguments_are_plain_data() -> None:
         task(unannotated).encode(({Paint(colour=Colour.RED)},), {})
     with pytest.raises(TaskArgumentError, match="as a dict key"):
         task(unannotated).encode(({Point(1, Colour.RED): 1},), {})
+
+
+# -- through the whole system
+
+validations: list[Any] = []
+
+
+def seen(value: Any) -> Any:
+    validations.append(value)
+    return value
+
+
+async def test_a_task_that_is_started_three_times_is_validated_once(start_manager: StartManager) -> None:
+    got = []
+
+    def flaky(x: Annotated[int, BeforeValidator(seen)], hook: Common) -> Any:
+        got.append((x, hook))
+        if len(got) < 3:
+            raise RuntimeError("again")
+        return hook
+
+    manager = await start_manager(lambda manager: manager.task(retries=2)(flaky))
+    validations.clear()
+    returned = await manager.result(await manager.enqueue(flaky, "7", COMMON), timeout=30)
+    assert validations == ["7"]
+    assert [x for x, _ in got] == [7, 7, 7]
+    assert all(same(hook, COMMON) for _, hook in got)
+    assert returned == dict(COMMON)  # nobody says what a result is: it comes back plain
+
+
+async def test_a_schedule_hands_on_what_was_validated_when_it_was_written(start_manager: StartManager) -> None:
+    got = []
+
+    def report(x: Annotated[int, BeforeValidator(lambda x: x * 100)], order: Delete | Suspend) -> None:
+        got.append((x, order))
+
+    def define(manager: TaskManager) -> None:
+        manager.schedule(every=3600, run_on_startup=True, args=(5,), kwargs={"order": Suspend(user="s")})(report)
+
+    await start_manager(define)
+    await eventually(lambda: got)
+    assert got == [(500, Suspend(user="s"))]
 
 
 # -- what was stored before

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from app.taskflow import CancelTask, RetryLater, TaskFailed, TaskflowError, TaskManager, TaskStatus
 from app.taskflow.backends import open_backend
@@ -138,6 +139,13 @@ async def test_arguments_arrive_as_they_are_annotated_and_the_result_keeps_its_t
     expected = ["Point", 1, Decimal("2.50"), when, {"a", "b"}, {"more": b"\0"}, (1, 2.5, None)]
     assert await warm.run(call(tasks.describe, point, when, "a", "b", more=b"\0")) == expected
     assert await warm.run(call(tasks.die, "not at all")) is None
+
+
+async def test_arguments_that_were_validated_at_the_caller_are_not_validated_in_the_worker(
+    warm: ProcessExecutor,
+) -> None:
+    order = tasks.Suspend(user="u", key=SecretStr("s"))
+    assert await warm.run(call(tasks.charged, 5, order)) == (500, "Suspend", "u", "s")
 
 
 async def test_stored_arguments_that_are_no_call_of_the_function_fail_for_good(warm: ProcessExecutor) -> None:
