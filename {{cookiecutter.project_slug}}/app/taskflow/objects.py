@@ -264,16 +264,21 @@ def write_extra(extra: dict[str, Any] | None, write: Write) -> Any:
 
 
 def write_private(model: BaseModel, write: Write) -> dict[str, Any]:
-    """Private attributes; one that has no stored form begins again from its default, where it has one."""
+    """Private attributes; one that has no stored form begins again from its default, if nobody else gave it a value."""
     written = {}
     defaults = type(model).__private_attributes__
     for name, value in (model.__getstate__()["__pydantic_private__"] or {}).items():
         try:
             written[name] = write(value, f".{name}", True)
         except CannotStore:
-            if not has_default(defaults.get(name)):
+            if not has_default(defaults.get(name)) or has_post_init(type(model)):
                 raise
     return written
+
+
+def has_post_init(kind: type[BaseModel]) -> bool:
+    """True for a model with a `model_post_init` of its own; pydantic gives one to those with private attributes."""
+    return kind.model_post_init.__name__ != "init_private_attributes"
 
 
 def has_default(field: Any) -> bool:

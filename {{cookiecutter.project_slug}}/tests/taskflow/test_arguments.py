@@ -437,6 +437,20 @@ def test_a_private_attribute_without_stored_form_begins_again_from_its_default()
     assert type(found._lock) is object
 
 
+class Connected(BaseModel):
+    x: int
+    _client: Any = None
+
+    def model_post_init(self, context: Any) -> None:
+        self._client = object() if self.x else "none"
+
+
+def test_a_private_attribute_that_the_model_itself_fills_arrives_or_is_refused() -> None:
+    assert brought(Connected, Connected(x=0))._client == "none"
+    with pytest.raises(TaskArgumentError, match="object has no stored form"):
+        taking(Connected).encode((Connected(x=1),), {})
+
+
 def test_what_a_cached_property_has_kept_is_found_anew() -> None:
     assert brought(Square, Square(side=3).used()).__dict__ == {"side": 3}
 
