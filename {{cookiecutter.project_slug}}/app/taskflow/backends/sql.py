@@ -65,6 +65,8 @@ class SqlBackend:
         )
         self._searches = 0
         self._write_engine, self._read_engine = self.create_engines()
+        self._writer: Connection | None = None
+        """Kept between turns, used on the writer's thread alone; given back after an error."""
         self._statements = Statements(self)
         self._book = QueueBook()
         self._turns = 0
@@ -109,6 +111,7 @@ class SqlBackend:
 
     async def close(self) -> None:
         """Ends the threads and connections after what they are doing now. The backend can be opened again."""
+        await self._in(self._writing, self._let_go)
         for engine in (self._write_engine, self._read_engine):
             await self._in(self._writing, engine.dispose)
 
@@ -146,10 +149,29 @@ class SqlBackend:
             raise
 
     def _written(self, turn: Turn, *, careful: bool) -> TurnResult:
-        with self._write_engine.begin() as connection, self._driver_errors():
+        with self._transaction() as connection, self._driver_errors():
             cursor = connection.connection.cursor()
             writer = TurnWriter(connection, cursor, self._statements, self._book, turn, careful=careful)
             return writer.write(rotation=self._turns)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        """On the writer's own connection: what a pool does at each lending and return costs as much as a statement."""
+        if self._writer is None:
+            self._writer = self._write_engine.connect()
+        try:
+            with self._writer.begin():
+                yield self._writer
+        except Mistaken:
+            raise
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        connection, self._writer = self._writer, None
+        if connection is not None:
+            connection.close()
 
     @contextmanager
     def _driver_errors(self) -> Iterator[None]:

@@ -170,14 +170,15 @@ def begin_write(connection: Connection) -> None:
     While another process holds it, asks again every few milliseconds. SQLite's own waiting leaves up to a tenth of a
     second between two tries, in which a busy neighbour gets it again and again.
     """
+    driver: Any = connection.connection.driver_connection
     deadline = monotonic() + BUSY_TIMEOUT
     while True:
         try:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            driver.execute("BEGIN IMMEDIATE").close()
             return
-        except OperationalError as error:
-            if getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY or monotonic() > deadline:
-                raise
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or monotonic() > deadline:
+                raise OperationalError("BEGIN IMMEDIATE", None, error) from error
         sleep(random.uniform(*TRY_AGAIN))
 
 
