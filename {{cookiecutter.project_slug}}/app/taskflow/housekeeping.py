@@ -21,7 +21,7 @@ from time import monotonic
 
 from .backends.base import Backend, Beat, Cancel, DeclareQueues, Instance, Pulse, Rescue
 from .dispatcher import Dispatcher
-from .errors import BackendUnavailable
+from .errors import BackendUnavailable, TaskflowError
 from .journal import Journal
 from .leases import LOOKS_PER_LEASE, Watch
 from .loops import Loop, until
@@ -204,6 +204,11 @@ class Housekeeping:
         self._rescue_loop = Loop("rescue", self._rescue_round)
         self._cancel_loop = Loop("cancels", self._cancel_round)
         self._retention_loop = Loop("retention", self._retention_round)
+
+    def refuse_in_fork(self) -> None:
+        """Raises TaskflowError in a process that got all this by a fork: its loops and threads did not come along."""
+        if os.getpid() != self._me.pid:
+            raise TaskflowError("this process was forked from one that serves tasks: fork before the start, or spawn")
 
     def start(self) -> None:
         self._rescue_loop.start()

@@ -337,8 +337,12 @@ class TaskManager:
             await self.shutdown()
 
     async def startup(self) -> None:
-        """Waits a moment for the database; one that is away does not keep the app from starting."""
+        """Waits a moment for the database; one that is away does not keep the app from starting.
+
+        Raises TaskflowError in a process that was forked from one which serves.
+        """
         if self._housekeeping is not None:
+            self._housekeeping.refuse_in_fork()
             return
         refuse_in_starting_worker()
         self.instance_id = str(uuid_utils.uuid7())

@@ -8,6 +8,7 @@ time, on the writer's thread), by the heartbeat's thread and by readers.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -58,12 +59,8 @@ class SqlBackend:
 
     def __init__(self, url: URL, *, readers: int = 2) -> None:
         self.url = url
-        self._writing = ThreadPoolExecutor(1, thread_name_prefix="taskflow-writer")
-        self._reading = ThreadPoolExecutor(readers, thread_name_prefix="taskflow-reader") if readers else self._writing
-        self._searching = (
-            ThreadPoolExecutor(readers, thread_name_prefix="taskflow-search") if readers else self._writing
-        )
-        self._searches = 0
+        self._readers = readers
+        self._hire()
         self._write_engine, self._read_engine = self.create_engines()
         self._writer: Connection | None = None
         """Kept between turns, used on the writer's thread alone; given back after an error."""
@@ -107,7 +104,25 @@ class SqlBackend:
         return self.url.render_as_string()
 
     async def open(self) -> None:
+        if self._process != os.getpid():
+            self._begin_anew()
         await self._in(self._writing, self._migrate)
+
+    def _hire(self) -> None:
+        self._process = os.getpid()
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="taskflow-writer")
+        self._reading = self._searching = self._writing
+        if self._readers:
+            self._reading = ThreadPoolExecutor(self._readers, thread_name_prefix="taskflow-reader")
+            self._searching = ThreadPoolExecutor(self._readers, thread_name_prefix="taskflow-search")
+        self._searches = 0
+
+    def _begin_anew(self) -> None:
+        """In a process forked from one that had used this: its threads are not here, its connections are not ours."""
+        self._hire()
+        self._book = QueueBook()
+        for engine in (self._write_engine, self._read_engine):
+            engine.dispose(close=False)
 
     async def close(self) -> None:
         """Ends the threads and connections after what they are doing now. The backend can be opened again."""
