@@ -352,12 +352,12 @@ class Statements:
             has_status("running"), task.c.instance == sa.bindparam("me"), task.c.cancel_requested.is_(True)
         )
         owners = sa.select(task.c.instance).where(has_status("running"), task.c.instance.is_not(None)).distinct()
-        holders = sa.select(tables.instance.c.instance_id).where(tables.instance.c.lease_until > 0)
-        live = sa.union(owners, holders).subquery("live")
+        self.runs_nothing = tables.instance.c.instance_id.not_in(owners)
+        holders = sa.select(tables.instance.c.instance_id).where(tables.instance.c.lease_until > 0, self.runs_nothing)
+        live = sa.union_all(owners, holders).subquery("live")
         owner = live.c[0]
         known = live.outerjoin(tables.instance, tables.instance.c.instance_id == owner)
         self.live_instances = sa.select(owner.label("owner"), tables.instance).select_from(known)
-        self.runs_nothing = tables.instance.c.instance_id.not_in(owners)
         lost = self._database.expand("rows", (task.c.instance,))
         self.lost = (
             sa.select(task)
