@@ -75,30 +75,33 @@ class Objects:
     def write(self, value: Any, write: Write) -> Any | None:
         """The tagged form of an instance of a reached class; None for any other value. Raises CannotStore."""
         kind = type(value)
-        how = self._how.get(kind)
-        if how is None:
-            if self._roots.isdisjoint(kind.__mro__):
-                return None
-            how = self._how[kind] = self._way_of(kind)
-        tag, name, writer = how
+        if kind not in self._how and self._roots.isdisjoint(kind.__mro__):
+            return None
+        tag, name, writer = self._way_of(kind)
         return {tag: writer(name, value, write)}
 
     def strictly(self) -> codec.Objects:
         return Strictly(self)
 
     def _way_of(self, kind: type) -> Way:
+        if (known := self._how.get(kind)) is not None:
+            return known
         name = name_of(kind)
         with suppress(Changed):
             if self.named(name) is kind:
-                return way_of(kind, name)
+                self._how[kind] = found = way_of(kind, name)
+                return found
         raise CannotStore(f"two classes are called {name}")
 
     # -- put together
 
     def read(self, tag: str, stored: Any) -> Any:
         """The instance that `write` stored under this tag. Raises Changed."""
+        kind = self.named(stored[0])
+        if self._way_of(kind)[0] != tag:
+            raise Changed(f"{stored[0]} is another kind of class now")
         try:
-            return MAKERS[tag](self.named(stored[0]), *stored[1:])
+            return MAKERS[tag](kind, *stored[1:])
         except (AttributeError, LookupError) as error:
             raise Changed(f"{stored[0]}: {error}") from error
 
@@ -172,7 +175,9 @@ def way_of(kind: type, name: str) -> Way:
         return "$data", name, write_data
     if is_named_tuple(kind):
         return "$named", name, write_named
-    return "$of", name, write_variant
+    if issubclass(kind, VARIANTS):
+        return "$of", name, write_variant
+    raise CannotStore(f"{name} has no stored form")
 
 
 # -- which classes there are
@@ -361,12 +366,12 @@ def make_row(kind: Any, columns: dict[str, Any], stored: bool, said: list[str]) 
     """A row that is in the database comes back detached: `session.add` and `merge` take it, and what it is related to
     is not read as nothing."""
     from sqlalchemy.orm import make_transient_to_detached
-    from sqlalchemy.orm.attributes import manager_of_class, set_attribute, set_committed_value
+    from sqlalchemy.orm.attributes import manager_of_class, set_committed_value
 
     values, _gone = fitted(kind, columns)
     row = manager_of_class(kind).new_instance()
     for name, value in values.items():
-        (set_committed_value if stored else set_attribute)(row, name, value)
+        set_committed_value(row, name, value)
     if stored:
         make_transient_to_detached(row)
     put(row, "__pydantic_fields_set__", set(said))
@@ -437,9 +442,7 @@ def make_named(kind: Any, items: dict[str, Any]) -> Any:
 
 def write_variant(name: str, value: Any, write: Write) -> list[Any]:
     """`[class, plain value, own attributes]`."""
-    base = next((base for base in VARIANTS if isinstance(value, base)), None)
-    if base is None:
-        raise CannotStore(f"{name} has no stored form")
+    base = next(base for base in VARIANTS if isinstance(value, base))
     attributes = {} if base in (*READ, *HIDDEN) else dict(getattr(value, "__dict__", None) or {})
     if base is defaultdict:
         factory = getattr(value.default_factory, "__name__", "")

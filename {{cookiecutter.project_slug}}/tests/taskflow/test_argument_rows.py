@@ -45,6 +45,11 @@ class Hero(Base, table=True):
     team: Team | None = Relationship(back_populates="heroes")
 
 
+class Plain(SQLModel):
+    name: str
+    born: date
+
+
 @pytest.fixture
 def session() -> Iterator[Session]:
     engine = create_engine("sqlite://")
@@ -86,3 +91,9 @@ def test_a_row_that_cannot_be_loaded_any_more_is_refused_at_the_caller(session: 
     session.expunge_all()
     with pytest.raises(TaskArgumentError, match="DetachedInstanceError"):
         taking(annotation).encode((hero,), {})
+
+
+def test_a_model_without_a_table_arrives_as_it_was() -> None:
+    given = Plain(name="n", born=date(2026, 1, 1))
+    found = brought(Plain, given)
+    assert (found, found.model_fields_set, type(found)) == (given, {"name", "born"}, Plain)

@@ -672,7 +672,9 @@ def test_a_new_field_gets_its_default_and_a_field_that_went_is_left_out() -> Non
         later("Ticket", b=(int,)),
         type("Ticket", (BaseModel,), {"__module__": __name__, "model_config": ConfigDict(extra="forbid")}),
         later("Bill", a=(int,)),
-        dataclass(later("Ticket", object, a=(int,), b=(int,))),
+        dataclass(later("Ticket", object, a=(int,))),
+        type("Ticket", (list,), {"__module__": __name__}),
+        type("Ticket", (), {"__module__": __name__}),
         int,
     ],
 )
