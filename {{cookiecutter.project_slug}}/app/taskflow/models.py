@@ -19,6 +19,8 @@ from .texts import name_text, tag_texts
 T = TypeVar("T")
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+LAST_MICROS = 253_402_128_000_000_000
+"""Where the calendar ends, less two days, so that every zone can show it."""
 DEFAULT_QUEUE = "default"
 MOST_RETRIES = 1_000_000
 

@@ -32,6 +32,7 @@ ORDER = [
     "observers",
     "loggers",
     "backends.tables",
+    "backends.cells",
     "backends.rows",
     "backends.statements",
     "backends.pages",

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from app.taskflow import QueueConfig, QueueFullError, TaskManager, TaskRecord, TaskStatus, get_task_context, task_log
-from app.taskflow.backends.base import Purge, Turn, TurnResult
+from app.taskflow.backends.base import Answer, Backend, Cancel, LogLine, Purge, Turn, TurnResult
 from app.taskflow.models import TaskFilter
 from app.taskflow.testing import drain
 
 from .conftest import StartManager
-from .helpers import PATIENCE, all_tasks, assert_counters_match_rows, eventually
+from .helpers import PATIENCE, Bench, all_tasks, assert_counters_match_rows, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -367,3 +367,20 @@ async def test_what_a_starting_service_itself_accepted_is_not_taken_for_an_earli
     assert await manager.result(mine, PATIENCE) == "mine"
     assert (await manager.store.get(pending)).status is TaskStatus.CANCELLED
     assert (await manager.store.get(delayed)).status is TaskStatus.CANCELLED
+
+
+async def test_a_purge_counts_rows_of_every_kind(backend: Backend) -> None:
+    """Two tasks of a thousand lines each hold the writer no longer than a thousand tasks without any."""
+    bench = Bench(backend)
+    ids = [await bench.add() for _ in range(3)]
+    lines = [LogLine(task_id, bench.now, "info", 0, f"line {n}") for task_id in ids[:2] for n in range(100)]
+    await bench.turn(logs=lines, commands=[Cancel(task_id, None) for task_id in ids])
+    bench.pass_time(60)
+    answers: list[Answer] = []
+    while not answers or answers[-1].more:
+        answers.append(await bench.obey(Purge(bench.now, 50)))
+        left = sum([len(await backend.logs(task_id, 0, 1_000)) for task_id in ids])
+        assert left >= 200 - 50 * len(answers)
+    assert sum(answer.changed for answer in answers) == 3
+    assert await all_tasks(backend) == []
+    assert await backend.events_after(0, 100) == []

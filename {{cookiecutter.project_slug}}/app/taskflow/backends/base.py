@@ -177,7 +177,7 @@ class EditQueue:
 
 @dataclass(frozen=True, slots=True)
 class Purge:
-    """Delete up to `limit` tasks that ended before a time, with their log lines and events.
+    """Delete up to `limit` rows of tasks that ended before a time: their log lines, their events, themselves.
 
     What people did to them stays: an audit that its subjects could delete would be none.
     """
@@ -324,6 +324,8 @@ class Answer:
 
     before: TaskStatus | None = None
     changed: int = 0
+    more: bool = False
+    """Whether a limit left something undone."""
     marks: Mapping[str, Mark] = field(default_factory=dict)
     """The schedules that were declared or fired, as they are now; one that is not stored is missing."""
 

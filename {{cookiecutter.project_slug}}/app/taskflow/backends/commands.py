@@ -37,6 +37,7 @@ from .base import (
     RunSchedule,
     Supersede,
 )
+from .cells import broken_words, is_sound, mended, raw, words
 from .ledger import Ledger
 from .rows import dumps_object, micros, moment, moved_of, status_of, stored_status
 from .statements import Cursor, Statements, one_column
@@ -46,6 +47,8 @@ from .timetable import Timetable
 
 CRASH_BUDGET = 3
 """Processes that may die while running one task before it is failed as `crash_loop`."""
+PURGED_TASKS = 250
+"""Tasks of one status that one purge deletes at most."""
 
 
 class Commands:
@@ -163,7 +166,8 @@ class Commands:
 
     def _one_offs(self, run_key: str) -> Sequence[Row[Any]]:
         """What waits under that key."""
-        return self._connection.execute(self._sql.waiting_one_offs, {"run_key": run_key}).all()
+        found = self._connection.execute(self._sql.waiting_one_offs, {"run_key": run_key}).all()
+        return [mended(row)[0] for row in found]
 
     def _retry(self, task_id: str, max_attempts: int, actor: str | None) -> Answer:
         row = self._row(task_id)
@@ -202,7 +206,11 @@ class Commands:
         now = {row.instance_id: row.beat_at for row in self._connection.execute(beats)}
         dead = [instance_id for instance_id, stamp in stamps.items() if now.get(instance_id, 0) == stamp]
         lost = self._connection.execute(self._sql.lost, {"rows": one_column(dead)}).all()
-        for row in lost:
+        for stored in lost:
+            row, broken = mended(stored)
+            if broken:
+                self.set_aside(stored.task_id, stored.queue, stored.name, TaskStatus.RUNNING, broken)
+                continue
             crashes = row.crashes + 1
             if row.cancel_requested:
                 kind, status, error = EventKind.CANCELLED, TaskStatus.CANCELLED, "cancelled by an operator"
@@ -230,6 +238,18 @@ class Commands:
             if status.terminal:
                 self._ledger.ran(row.queue, row.name, status, row.started_at, self._at)
         return Answer(changed=len(lost))
+
+    def set_aside(
+        self, task_id: object, queue: object, name: object, before: TaskStatus, broken: Sequence[str]
+    ) -> None:
+        """Ends a task whose row cannot be read, so that nothing waits behind it. Its cells are as they were found."""
+        reason = broken_words(broken)
+        values = {"before": str(before), "raw_id": raw(task_id), "reason": reason, "at": self._at}
+        self._sql.set_aside.run(self._cursor, **values)
+        shown_id, shown_name = words(task_id), words(name)
+        self._ledger.event(EventKind.FAILED, shown_id, detail=reason)
+        self._ledger.move(words(queue), shown_name, before, TaskStatus.FAILED)
+        self.moved.append(Moved(shown_id, shown_name, {}, TaskStatus.FAILED, self._now, 0, 0, error=reason))
 
     def _declare_queues(self, declared: Mapping[str, QueueConfig]) -> Answer:
         known = {row.name: row.declared for row in self._connection.execute(sa.select(queue_table)).all()}
@@ -264,20 +284,29 @@ class Commands:
         return Answer(changed=1)
 
     def _purge(self, before: int, limit: int) -> Answer:
-        deleted = 0
+        """Rows of every kind count, so that no purge holds the writer for long: a task may have a thousand lines."""
+        deleted, room = 0, limit
         for status in (status for status in TaskStatus if status.terminal):
-            values = {"status": status, "before": before, "most": limit - deleted}
-            rows = self._sql.purge.run(self._cursor, **values).fetchall() if deleted < limit else []
-            for _, queue, name, started_at, finished_at in rows:
-                self._ledger.move(queue, name, status, None)
-                self._ledger.ran(queue, name, status, finished_at, started_at)
-            gone = [(task_id,) for task_id, *_ in rows]
-            if gone:
-                self._sql.purge_events.change(self._cursor, gone)
-                self._sql.purge_logs.change(self._cursor, gone)
-            deleted += len(rows)
-        self._sql.purge_skips.run(self._cursor, before=before, most=limit)
-        return Answer(changed=deleted)
+            values = {"status": str(status), "before": before, "most": min(room, PURGED_TASKS)}
+            ids = [task_id for (task_id,) in self._sql.old.run(self._cursor, **values).fetchall()]
+            listed = [(task_id,) for task_id in ids if is_sound("task_id", task_id)]
+            for words_of in (self._sql.purge_logs, self._sql.purge_events):
+                if listed and room:
+                    room -= words_of.change(self._cursor, listed, most=room)
+            gone = list(self._sql.purge.change_each(self._cursor, listed[:room])) if listed and room else []
+            for damaged in (task_id for task_id in ids if not is_sound("task_id", task_id)):
+                values = {"status": str(status), "raw_id": raw(damaged)}
+                gone += self._sql.purge_damaged.run(self._cursor, **values).fetchall()
+            for queue, name, started_at, finished_at in gone:
+                self._ledger.move(words(queue), words(name), status, None)
+                if is_sound("at", started_at) and is_sound("at", finished_at):
+                    self._ledger.ran(words(queue), words(name), status, finished_at, started_at)
+            deleted += len(gone)
+            room -= len(gone)
+            if room <= 0 or len(ids) == PURGED_TASKS:
+                return Answer(changed=deleted, more=True)
+        skips = self._sql.purge_skips.run(self._cursor, before=before, most=room).rowcount
+        return Answer(changed=deleted, more=skips == room)
 
     # -- rows
 
@@ -286,7 +315,9 @@ class Commands:
         return found[0] if found else None
 
     def rows(self, task_ids: Sequence[str]) -> Sequence[Row[Any]]:
-        return self._connection.execute(self._sql.rows, {"rows": one_column(task_ids)}).all()
+        """Those that are broken as well as they can be read."""
+        found = self._connection.execute(self._sql.rows, {"rows": one_column(task_ids)}).all()
+        return [mended(row)[0] for row in found]
 
     def _update(self, task_id: str, **values: object) -> None:
         self._connection.execute(sa.update(task).where(task.c.task_id == task_id).values(values))

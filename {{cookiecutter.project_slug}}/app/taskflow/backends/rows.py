@@ -12,8 +12,21 @@ from typing import Any
 
 from sqlalchemy.engine import Row
 
-from ..models import DELAYED, ScheduledOnce, ScheduleState, TaskEvent, TaskRecord, TaskStatus, from_micros, to_micros
+from ..models import (
+    DELAYED,
+    LogEntry,
+    ScheduledOnce,
+    ScheduleState,
+    TaskEvent,
+    TaskRecord,
+    TaskStatus,
+    from_micros,
+    to_micros,
+)
 from .base import Claimed, Draft, Moved
+from .cells import broken_words, mended
+
+STATUSES: Mapping[str, TaskStatus] = {status.value: status for status in TaskStatus}
 
 
 def micros(value: datetime | None) -> int | None:
@@ -33,8 +46,10 @@ def status_of(row: Row[Any]) -> TaskStatus:
 
 
 def shown_status(stored: str) -> TaskStatus:
-    """As readers see it: to them a delayed task is pending."""
-    return TaskStatus.PENDING if stored == DELAYED else TaskStatus(stored)
+    """As readers see it: to them a delayed task is pending, and one whose status nobody knows has failed."""
+    if stored == DELAYED:
+        return TaskStatus.PENDING
+    return STATUSES.get(stored, TaskStatus.FAILED)
 
 
 def dumps_object(value: Mapping[str, Any]) -> str:
@@ -47,7 +62,7 @@ def loads_object(text: str | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -105,7 +120,8 @@ def moved_of(row: Row[Any], status: TaskStatus, at: datetime, **facts: Any) -> M
     return Moved(row.task_id, row.name, loads_object(row.tags), status, at, **values)
 
 
-def event_of(row: Row[Any]) -> TaskEvent:
+def event_of(stored: Row[Any]) -> TaskEvent:
+    row, _ = mended(stored)
     return TaskEvent(
         seq=row.seq,
         task_id=row.task_id,
@@ -118,9 +134,27 @@ def event_of(row: Row[Any]) -> TaskEvent:
     )
 
 
-def record_of(row: Row[Any]) -> TaskRecord:
-    """A record from a whole row, or from a list's row without the heavy columns."""
-    cells = row._mapping
+def log_of(stored: Row[Any]) -> LogEntry:
+    row, _ = mended(stored)
+    return LogEntry(
+        seq=row.seq,
+        task_id=row.task_id,
+        time=from_micros(row.at),
+        level=row.level,
+        attempt=row.attempt,
+        message=row.message,
+        extra=loads_object(row.extra),
+    )
+
+
+def record_of(stored: Row[Any]) -> TaskRecord:
+    """A record from a whole row, or from a list's row without the heavy columns. One that is broken says so."""
+    row, broken = mended(stored)
+    if row.status != DELAYED and row.status not in STATUSES:
+        broken = [*broken, f"status {row.status!r:.40}"]
+    error = row.error
+    if broken:
+        error = broken_words(broken) + (f"; {error}" if error else "")
     return TaskRecord(
         task_id=row.task_id,
         func_name=row.name,
@@ -137,9 +171,9 @@ def record_of(row: Row[Any]) -> TaskRecord:
         attempt=row.attempt,
         excused=row.excused,
         max_attempts=row.max_attempts,
-        error=row.error,
-        stacktrace=cells.get("stacktrace"),
-        arguments=cells.get("arguments"),
+        error=error,
+        stacktrace=getattr(row, "stacktrace", None),
+        arguments=getattr(row, "arguments", None),
         result=row.result,
         progress=loads_object(row.progress) if row.progress else None,
         instance=row.instance,
@@ -151,8 +185,9 @@ def record_of(row: Row[Any]) -> TaskRecord:
     )
 
 
-def schedule_of(row: Row[Any]) -> ScheduleState:
+def schedule_of(stored: Row[Any]) -> ScheduleState:
     """From a schedule's row with `last_status`, the stored status of its last task."""
+    row, _ = mended(stored)
     last = row.last_status
     return ScheduleState(
         name=row.name,
@@ -171,7 +206,8 @@ def schedule_of(row: Row[Any]) -> ScheduleState:
     )
 
 
-def one_off_of(row: Row[Any]) -> ScheduledOnce:
+def one_off_of(stored: Row[Any]) -> ScheduledOnce:
+    row, _ = mended(stored)
     return ScheduledOnce(
         run_key=row.run_key,
         task_id=row.task_id,

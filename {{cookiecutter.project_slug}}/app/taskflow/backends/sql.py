@@ -41,9 +41,10 @@ from ..models import (
 )
 from . import tables
 from .base import AttemptId, Beat, Instance, Pulse, Turn, TurnResult
+from .cells import mended
 from .pages import is_search, page_statement
 from .room import QueueBook
-from .rows import event_of, loads_object, one_off_of, record_of, schedule_of, shown_status
+from .rows import event_of, log_of, one_off_of, record_of, schedule_of, shown_status
 from .statements import STAGE_BATCH, Prepared, Statements, has_status
 from .tables import counter, event, log, revoked, task
 from .turn import Mistaken, TurnWriter
@@ -242,7 +243,7 @@ class SqlBackend:
                 stamp=row.beat_at or 0,
                 lease=max(0, (row.lease_until or 0) - (row.beat_at or 0)) / 1e6,
             )
-            for row in self._apart(self._live_instances)
+            for row in map(pulse_cells, self._apart(self._live_instances))
         ]
 
     def leave(self, instance_id: str, stamp: int | None = None) -> None:
@@ -311,29 +312,19 @@ class SqlBackend:
     async def logs(self, task_id: str, after: int, limit: int) -> Sequence[LogEntry]:
         statement = sa.select(log).where(log.c.task_id == task_id, log.c.seq > after).order_by(log.c.seq).limit(limit)
         rows = await self._read(lambda connection: connection.execute(statement).all())
-        return [
-            LogEntry(
-                seq=row.seq,
-                task_id=row.task_id,
-                time=from_micros(row.at),
-                level=row.level,
-                attempt=row.attempt,
-                message=row.message,
-                extra=loads_object(row.extra),
-            )
-            for row in rows
-        ]
+        return [log_of(row) for row in rows]
 
     async def counts(self) -> Sequence[Count]:
         statement = sa.select(counter).where(counter.c.n > 0)
         rows = await self._read(lambda connection: connection.execute(statement).all())
-        return merged_counts([(row.queue, row.name, row.status, row.n, row.micros) for row in rows])
+        return merged_counts([(row.queue, row.name, row.status, row.n, row.micros) for row, _ in map(mended, rows)])
 
     async def queues(self) -> Sequence[QueueState]:
         declared = sa.select(tables.queue)
         rows = await self._read(lambda connection: connection.execute(declared).all())
         states = {
-            row.name: QueueState(row.name, row.concurrency, row.max_size, bool(row.paused), row.reason) for row in rows
+            row.name: QueueState(row.name, row.concurrency, row.max_size, bool(row.paused), row.reason)
+            for row, _ in map(mended, rows)
         }
         for count in await self.counts():
             state = states.setdefault(count.queue, QueueState(count.queue, None, None, False, None))
@@ -373,12 +364,12 @@ class SqlBackend:
                 host=row.host,
                 pid=row.pid,
                 version=row.version,
-                started=from_micros(row.started_at),
+                started=from_micros(row.started_at or 0),
                 heartbeat=from_micros(row.beat_at),
                 slots=row.slots,
                 running=row.running,
             )
-            for row in rows
+            for row, _ in map(mended, rows)
         ]
 
     async def cancels(self, instance_id: str) -> Sequence[AttemptId]:
@@ -416,6 +407,11 @@ class SqlBackend:
                 return function(*args)
 
         return await asyncio.get_running_loop().run_in_executor(pool, call)
+
+
+def pulse_cells(row: Row[Any]) -> Any:
+    """An owner of tasks without a row of its own has empty cells."""
+    return row if row.instance_id is None else mended(row)[0]
 
 
 def merged_counts(rows: Sequence[tuple[str, str, str, int, int]]) -> Sequence[Count]:

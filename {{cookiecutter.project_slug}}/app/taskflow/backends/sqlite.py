@@ -71,6 +71,7 @@ class SqliteBackend(SqlBackend):
             connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False, "cached_statements": 512},
         )
         sa.event.listen(engine, "connect", prepare_connection)
+        sa.event.listen(engine, "connect", read_any_text if reads_only else mark_damaged_text)
         if not reads_only:
             sa.event.listen(engine, "connect", wait_for_no_lock)
         sa.event.listen(engine, "begin", begin_read if reads_only else begin_write)
@@ -157,6 +158,16 @@ def prepare_connection(connection: sqlite3.Connection, _record: object) -> None:
         "cache_size=-16000",
     ):
         connection.execute(f"PRAGMA {pragma}").close()
+
+
+def read_any_text(connection: sqlite3.Connection, _record: object) -> None:
+    """Damaged text is shown with marks in it; by itself the driver would fail the whole query."""
+    connection.text_factory = lambda text: text.decode("utf-8", "replace")
+
+
+def mark_damaged_text(connection: sqlite3.Connection, _record: object) -> None:
+    """Nothing is run with damaged text: see `cells.HALF_A_PAIR`."""
+    connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
 
 
 def wait_for_no_lock(connection: sqlite3.Connection, _record: object) -> None:

@@ -136,9 +136,20 @@ class Prepared:
         assert row is not None
         return row
 
-    def gathered(self, cursor: Cursor, **values: object) -> list[list[Any]]:
-        """The rows of a query that gathers them in one cell."""
-        return rows_of(self.cells(cursor, **values)[0])
+
+class Gathered:
+    """A query whose rows come in one cell or, where JSON cannot hold one of them, each as the driver reads it."""
+
+    def __init__(self, whole: Prepared, each: Prepared, errors: type[Exception]) -> None:
+        self._whole = whole
+        self._each = each
+        self._errors = errors
+
+    def rows(self, cursor: Cursor, **values: object) -> Sequence[Sequence[Any]]:
+        try:
+            return rows_of(self._whole.cells(cursor, **values)[0])
+        except (self._errors, ValueError, TypeError):  # a BLOB; text that is no UTF-8
+            return self._each.run(cursor, **values).fetchall()
 
 
 def one_column(values: Iterable[str]) -> str:
@@ -216,6 +227,10 @@ class Statements:
     def _gather(self, rows: sa.Select[Any]) -> sa.Select[Any]:
         return sa.select(self._database.gather(rows.subquery("gathered")))
 
+    def _prepare_gathered(self, rows: sa.Select[Any]) -> Gathered:
+        errors: type[Exception] = self._database.dialect.loaded_dbapi.Error
+        return Gathered(self._prepare(self._gather(rows)), self._prepare(rows), errors)
+
     def _ids(self) -> sa.Select[Any]:
         ids = self._database.arriving((task.c.task_id,))
         return sa.select(ids.c.task_id)
@@ -283,8 +298,8 @@ class Statements:
             sa.select(queue.c.name, queue.c.concurrency, queue.c.max_size, queue.c.paused, queue.c.reason)
         )
         names = self._database.expand("names", (task.c.name,))
-        self.ready = self._prepare(self._gather(ready_tasks()))
-        self.ready_named = self._prepare(self._gather(ready_tasks(task.c.name.in_(sa.select(names.c.name)))))
+        self.ready = self._prepare_gathered(ready_tasks())
+        self.ready_named = self._prepare_gathered(ready_tasks(task.c.name.in_(sa.select(names.c.name))))
         self.seize = self._prepare(
             task.update()
             .where(self._listed)
@@ -299,7 +314,15 @@ class Statements:
             )
         )
         held = sa.select(*CLAIMED_COLUMNS).where(has_status("running"), task.c.instance == sa.bindparam("me"))
-        self.held = self._prepare(self._gather(held))
+        self.held = self._prepare_gathered(held)
+        self.set_aside = self._prepare(
+            task.update()
+            .where(
+                task.c.status == sa.bindparam("before"),
+                sa.cast(task.c.task_id, sa.LargeBinary) == sa.bindparam("raw_id"),
+            )
+            .values(status=TaskStatus.FAILED, error=sa.bindparam("reason"), finished_at=sa.bindparam("at"))
+        )
 
     def _build_logbook(self) -> None:
         """Events, log lines, progress and counts: what a turn writes last."""
@@ -318,8 +341,9 @@ class Statements:
         )
 
     def _build_purge(self) -> None:
-        """Deleting what ended long ago: oldest first along the index of its status, a limited number at a time."""
-        old = (
+        """Deleting what ended long ago: oldest first along the index of its status, a limited number of rows at a time,
+        a task after all that is known of it."""
+        self.old = self._prepare(
             sa.select(task.c.task_id)
             .where(
                 task.c.status == sa.bindparam("status"),
@@ -329,14 +353,18 @@ class Statements:
             .order_by(task.c.created_at)
             .limit(sa.bindparam("most"))
         )
-        self.purge = self._prepare(
+        facts = (task.c.queue, task.c.name, task.c.started_at, task.c.finished_at)
+        self.purge = self._prepare(task.delete().where(self._listed).returning(*facts))
+        self.purge_damaged = self._prepare(
             task.delete()
-            .where(task.c.task_id.in_(old))
-            .returning(task.c.task_id, task.c.queue, task.c.name, task.c.started_at, task.c.finished_at)
+            .where(
+                task.c.status == sa.bindparam("status"),
+                sa.cast(task.c.task_id, sa.LargeBinary) == sa.bindparam("raw_id"),
+            )
+            .returning(*facts)
         )
-        self.purge_events = self._prepare(
-            event.delete().where(event.c.task_id.in_(self._ids()), event.c.actor.is_(None))
-        )
+        told = sa.select(event.c.seq).where(event.c.task_id.in_(self._ids()), event.c.actor.is_(None))
+        self.purge_events = self._prepare(event.delete().where(event.c.seq.in_(told.limit(sa.bindparam("most")))))
         skipped = (
             sa.select(event.c.seq)
             .where(sa.text("kind = 'tick_skipped'"), event.c.at < sa.bindparam("before"))
@@ -344,7 +372,8 @@ class Statements:
             .limit(sa.bindparam("most"))
         )
         self.purge_skips = self._prepare(event.delete().where(event.c.seq.in_(skipped)))
-        self.purge_logs = self._prepare(log.delete().where(log.c.task_id.in_(self._ids())))
+        said = sa.select(log.c.seq).where(log.c.task_id.in_(self._ids()))
+        self.purge_logs = self._prepare(log.delete().where(log.c.seq.in_(said.limit(sa.bindparam("most")))))
 
     def _build_liveness(self) -> None:
         """Who is alive, what the dead left, who was asked to stop: asked seldom, so on SQLAlchemy's connection."""
@@ -371,10 +400,10 @@ class Statements:
         asked = self._database.expand("rows", (schedule.c.name,))
         names = sa.select(asked.c.name)
         marks = sa.select(schedule.c.name, schedule.c.last_tick, schedule.c.paused)
-        self.marks = self._prepare(self._gather(marks.where(schedule.c.name.in_(names)).with_for_update()))
+        self.marks = self._prepare_gathered(marks.where(schedule.c.name.in_(names)).with_for_update())
         live = sa.and_(task.c.schedule.is_not(None), sa.text(tables.LIVE))
         live_runs = sa.select(task.c.schedule).where(live, task.c.schedule.in_(names)).distinct()
-        self.live_runs = self._prepare(self._gather(live_runs))
+        self.live_runs = self._prepare_gathered(live_runs)
         fired = self._database.arriving(
             (
                 schedule.c.name,

@@ -135,14 +135,14 @@ class Timetable:
     # -- rows
 
     def _marks(self, names: Sequence[str]) -> dict[str, Mark]:
-        found = self._sql.marks.gathered(self._cursor, rows=one_column(names))
+        found = self._sql.marks.rows(self._cursor, rows=one_column(names))
         return {name: Mark(from_micros(last_tick), bool(paused)) for name, last_tick, paused in found}
 
     def _live(self, names: Sequence[str]) -> set[str]:
         """Those of which a task waits or runs."""
         if not names:
             return set()
-        return {name for (name,) in self._sql.live_runs.gathered(self._cursor, rows=one_column(names))}
+        return {name for (name,) in self._sql.live_runs.rows(self._cursor, rows=one_column(names))}
 
     def _advance(self, rows: Sequence[Advance]) -> None:
         if rows:

@@ -19,13 +19,26 @@ from sqlalchemy.engine import Connection
 
 from ..models import DELAYED, EventKind, QueueState, TaskStatus, from_micros, to_micros
 from .base import AttemptId, Claimed, Draft, Finish, LogLine, Progress, Turn, TurnResult
+from .cells import is_sound, unreadable, words
 from .commands import Commands
 from .ledger import Ledger
 from .room import Levels, QueueBook, Room
 from .rows import dumps_object, first_claim, held_claim, micros, next_claim, stored_status
-from .statements import DRAFT_COLUMNS, EXECUTORS, FINISH_COLUMNS, Cursor, Prepared, Statements, one_column, rows_of
+from .statements import (
+    CLAIMED_COLUMNS,
+    DRAFT_COLUMNS,
+    EXECUTORS,
+    FINISH_COLUMNS,
+    Cursor,
+    Prepared,
+    Statements,
+    one_column,
+    rows_of,
+)
 from .tables import task
 
+Rows = Sequence[Sequence[Any]]
+CLAIMED_NAMES = [column.name for column in CLAIMED_COLUMNS]
 CREATED_AT = DRAFT_COLUMNS.index(task.c.created_at)
 ENDED_AT = FINISH_COLUMNS.index(task.c.finished_at)
 REARMED = (TaskStatus.FAILED, TaskStatus.INTERRUPTED, TaskStatus.REJECTED)
@@ -62,7 +75,7 @@ class TurnWriter:
         self._turn = turn
         self._careful = careful
         self._at = to_micros(turn.now)
-        levels, self._version, self._first_due = statements.look.cells(cursor)
+        levels, self._version, self._first_due = self._look()
         self._ledger = Ledger(cursor, statements, turn.instance, turn.now, rows_of(levels))
         self._commands = Commands(connection, cursor, statements, self._ledger, turn.instance, turn.now)
         self._withdrawn: list[AttemptId] = []
@@ -104,7 +117,11 @@ class TurnWriter:
 
     def _look_again(self) -> None:
         """After changes to the limits of queues, or to what is delayed."""
-        _, self._version, self._first_due = self._sql.look.cells(self._cursor)
+        _, self._version, self._first_due = self._look()
+
+    def _look(self) -> tuple[str, int | None, int | None]:
+        levels, version, first_due = self._sql.look.cells(self._cursor)
+        return levels, version, first_due if is_sound("run_at", first_due) else None  # text: only that is delayed
 
     def _queues_now(self) -> Mapping[str, QueueState]:
         if not self._book.queues:
@@ -291,7 +308,7 @@ class TurnWriter:
         """Makes ready what has become due."""
         if self._first_due is not None and self._first_due <= self._at:
             for queue, name in self._sql.stage.run(self._cursor, at=self._at).fetchall():
-                self._ledger.move(queue, name, DELAYED, TaskStatus.PENDING)
+                self._ledger.move(words(queue), words(name), DELAYED, TaskStatus.PENDING)
             self._look_again()
 
     def _next_due(self, arrivals: Sequence[Draft]) -> datetime | None:
@@ -316,13 +333,14 @@ class TurnWriter:
             most = room.free(queue, names)
             if names and most:
                 candidates = self._ready(queue, names, levels, room, most)
-                chosen += [next_claim(cells, self._turn.now) for cells in candidates if room.take(queue, cells[1])]
+                sound = self._sound(candidates, TaskStatus.PENDING)
+                chosen += [next_claim(cells, self._turn.now) for cells in sound if room.take(queue, cells[1])]
                 more = more or (len(candidates) == most and bool(room.startable(names)))
         if chosen:
             self._seize(chosen)
         return chosen, more
 
-    def _ready(self, queue: str, names: set[str], levels: Levels, room: Room, most: int) -> list[list[Any]]:
+    def _ready(self, queue: str, names: set[str], levels: Levels, room: Room, most: int) -> Rows:
         """Ready tasks of these names: first those of the executors that the names have now, and where the counts say
         that this is not all, those that were stored when a name had another."""
         found = self._walk(queue, names, levels, dict.fromkeys(EXECUTORS, 0) | dict.fromkeys(room.kinds(names), most))
@@ -330,12 +348,12 @@ class TurnWriter:
             found = self._walk(queue, names, levels, dict.fromkeys(EXECUTORS, most))
         return found
 
-    def _walk(self, queue: str, names: set[str], levels: Levels, limits: Mapping[str, int]) -> list[list[Any]]:
+    def _walk(self, queue: str, names: set[str], levels: Levels, limits: Mapping[str, int]) -> Rows:
         most = max(limits.values())
         if names.issuperset(levels.waiting(queue)):
-            return self._sql.ready.gathered(self._cursor, queue=queue, most=most, **limits)
+            return self._sql.ready.rows(self._cursor, queue=queue, most=most, **limits)
         listed = one_column(sorted(names))
-        return self._sql.ready_named.gathered(self._cursor, queue=queue, most=most, names=listed, **limits)
+        return self._sql.ready_named.rows(self._cursor, queue=queue, most=most, names=listed, **limits)
 
     def _seize(self, chosen: Sequence[Claimed]) -> None:
         """What was chosen is locked, by the transaction or row by row: all of it can be had."""
@@ -346,8 +364,18 @@ class TurnWriter:
             self._ledger.move(item.queue, item.name, TaskStatus.PENDING, TaskStatus.RUNNING)
 
     def _orphans(self, held: Collection[AttemptId]) -> list[Claimed]:
-        rows = map(held_claim, self._sql.held.gathered(self._cursor, me=self._turn.instance))
-        return [item for item in rows if item.attempt_id not in held]
+        rows = self._sound(self._sql.held.rows(self._cursor, me=self._turn.instance), TaskStatus.RUNNING)
+        return [item for item in map(held_claim, rows) if item.attempt_id not in held]
+
+    def _sound(self, rows: Rows, status: TaskStatus) -> Rows:
+        """Those that can be run; the others end here."""
+        sound = []
+        for cells in rows:
+            if broken := unreadable(CLAIMED_NAMES, cells):
+                self._commands.set_aside(cells[0], cells[2], cells[1], status, broken)
+            else:
+                sound.append(cells)
+        return sound
 
     # -- what is written last
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from ..codec import DEEPEST
 from ..models import (
     EventKind,
     InstanceRecord,
@@ -25,6 +26,7 @@ from ..models import (
     TaskRecord,
 )
 from ..store import Metrics, Retried, TaskStore
+from ..texts import MORE
 
 UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
 """What reading a stored value may raise when its text was damaged, or was written under another key."""
@@ -46,17 +48,19 @@ class Json(JSONResponse):
         return text.encode("utf-8", "replace")
 
 
-def plain(value: object) -> Any:
+def plain(value: object, depth: int = 0) -> Any:
     """A value in terms of JSON alone: what JSON has no word for becomes a string or a list."""
+    if depth > DEEPEST:
+        return MORE
     match value:
         case None | bool() | int() | str():
             return value
         case float():
             return value if math.isfinite(value) else str(value)
         case Mapping():
-            return {str(plain(key)): plain(item) for key, item in value.items()}
+            return {str(plain(key, depth + 1)): plain(item, depth + 1) for key, item in value.items()}
         case list() | tuple() | set() | frozenset():
-            return [plain(item) for item in value]
+            return [plain(item, depth + 1) for item in value]
         case bytes():
             return base64.b64encode(value).decode()
         case datetime() | date() | time():
@@ -235,7 +239,7 @@ def detail_object(text: str | None) -> Any:
         return {}
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     return plain(value) if isinstance(value, dict) else {"message": text}
 

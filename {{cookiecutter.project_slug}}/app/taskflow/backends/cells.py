@@ -1,0 +1,103 @@
+"""Cells as they should be, whatever was written into the database behind our back.
+
+Owns which values each column may hold and what stands for one that it may not. SQLite keeps any value in any column,
+a disk may damage one, a person may edit one by hand: such a row is shown as broken and ends as FAILED when its turn
+comes, and costs no other row anything. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from types import NoneType, SimpleNamespace
+from typing import Any
+
+from sqlalchemy import Boolean, Integer
+from sqlalchemy.engine import Row as StoredRow
+
+from ..models import LAST_MICROS
+from ..texts import clean, readable
+from . import tables
+
+MOMENTS = {
+    "at",
+    "created_at",
+    "run_at",
+    "started_at",
+    "finished_at",
+    "beat_at",
+    "lease_until",
+    "last_tick",
+    "next_tick",
+    "last_run",
+    "expires_at",
+}
+"""Columns of microseconds since the epoch."""
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+"""What the driver makes of bytes that are no UTF-8; no text of ours has it."""
+
+
+def kinds_of_columns() -> dict[str, set[type]]:
+    kinds: dict[str, set[type]] = {"owner": {str, NoneType}, "last_status": {str, NoneType}}  # labels of our queries
+    for table in tables.Row.metadata.tables.values():
+        for column in table.c:
+            found = kinds.setdefault(column.name, set())
+            found |= {int, bool} if isinstance(column.type, Integer | Boolean) else {str}
+            found |= {NoneType} if column.nullable else set()
+    return kinds
+
+
+KINDS = kinds_of_columns()
+NEVER_NULL = {c.name for table in tables.Row.metadata.tables.values() for c in table.c if not c.nullable} - {
+    "started_at"
+}
+
+
+def unreadable(names: Iterable[str], cells: Iterable[Any]) -> list[str]:
+    """Of these columns, those whose cell is not what it should be."""
+    return [name for name, cell in zip(names, cells, strict=True) if not is_sound(name, cell)]
+
+
+def is_sound(name: str, cell: object) -> bool:
+    kind = type(cell)
+    if kind not in KINDS[name]:
+        return False
+    if isinstance(cell, str):
+        return cell.isascii() or not HALF_A_PAIR.search(cell)
+    return name not in MOMENTS or not isinstance(cell, int) or 0 <= cell <= LAST_MICROS
+
+
+def mended(row: StoredRow[Any]) -> tuple[Any, Sequence[str]]:
+    """A row that can be shown, and the columns where something stands for what was found."""
+    broken = unreadable(row._fields, row)
+    if not broken:
+        return row, ()
+    cells: dict[str, Any] = dict(row._mapping)
+    return SimpleNamespace(**cells | {name: stand_in(name, cells[name]) for name in broken}), broken
+
+
+def stand_in(name: str, cell: object) -> str | int | None:
+    kinds = KINDS[name]
+    if str in kinds:
+        return words(cell)
+    if name not in NEVER_NULL:
+        return None
+    if name in MOMENTS:  # where it stands in the order of the column: text behind all numbers
+        return 0 if isinstance(cell, int | float) and cell < 0 else LAST_MICROS
+    return 0
+
+
+def words(cell: object) -> str:
+    """A cell as text that can be stored and shown."""
+    if isinstance(cell, bytes):
+        return clean(cell.decode("utf-8", "replace"))
+    return clean(cell) if isinstance(cell, str) else readable(cell)
+
+
+def raw(cell: object) -> bytes:
+    """A text's bytes as they are stored, by which a row with a damaged id is found."""
+    return cell if isinstance(cell, bytes) else str(cell).encode("utf-8", "surrogateescape")
+
+
+def broken_words(broken: Iterable[str]) -> str:
+    return f"broken row: its {', '.join(broken)} cannot be read"
