@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from io import TextIOWrapper
 from typing import Any
 
 from .errors import TaskflowError
@@ -34,6 +35,8 @@ Command = Callable[[TaskManager, argparse.Namespace], Coroutine[Any, Any, None]]
 
 def main(manager: TaskManager, arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 1 with the reason on standard error."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal or a pipe whose encoding has no such glyphs
+        sys.stdout.reconfigure(errors="replace")
     options = make_parser().parse_args(arguments)
     command: Command = options.command
     try:
@@ -152,8 +155,9 @@ async def purge_tasks(manager: TaskManager, options: argparse.Namespace) -> None
 
 @asynccontextmanager
 async def reading(manager: TaskManager) -> AsyncIterator[None]:
-    """The store alone: looking leaves no trace."""
-    await manager.backend.open()
+    """The store alone: looking leaves no trace, and waits for nobody who writes."""
+    if not await manager.backend.is_current():
+        await manager.backend.open()
     try:
         yield
     finally:

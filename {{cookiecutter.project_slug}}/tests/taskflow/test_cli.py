@@ -204,6 +204,27 @@ def test_the_list_is_narrowed_and_continued(terminal: Terminal) -> None:
     assert seen == ids[::-1]
 
 
+def test_looking_waits_for_nobody_who_writes(terminal: Terminal) -> None:
+    task_id = terminal.add("greet", "ann")
+    with closing(sqlite3.connect(terminal.file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for words in (("list",), ("show", task_id)):
+            code, out, err = terminal.run("tasks", *words)
+            assert (code, err) == (0, "")
+            assert task_id in out
+        assert "locked" in terminal.run("tasks", "purge", "--days", "1")[2]
+
+
+def test_a_terminal_without_the_glyphs_still_shows_the_list(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = terminal.add("greet", "ann")
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    code, out, err = terminal.program("tasks", "list")
+    assert (code, err) == (0, "")
+    assert out.split()[:3] == ["?", "success", task_id]
+
+
 def test_an_empty_list_is_no_error(terminal: Terminal) -> None:
     assert terminal.run("tasks", "list") == (0, "", "")
 

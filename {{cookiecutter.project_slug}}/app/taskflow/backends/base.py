@@ -446,6 +446,12 @@ class Backend(Protocol):
     async def open(self) -> None:
         """Connect and bring the schema up. Callable again after a failure."""
 
+    async def is_current(self) -> bool:
+        """Whether the schema is there as this code has it: then it can be read without `open`. Writes nothing.
+
+        Raises TaskflowError when it is of newer code.
+        """
+
     async def close(self) -> None: ...
 
     async def turn(self, turn: Turn) -> TurnResult: ...

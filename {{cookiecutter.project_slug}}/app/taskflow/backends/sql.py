@@ -109,6 +109,13 @@ class SqlBackend:
             self._begin_anew()
         await self._in(self._writing, self._migrate)
 
+    async def is_current(self) -> bool:
+        return await self._read(self._is_current)
+
+    def _is_current(self, connection: Connection) -> bool:
+        there = sa.inspect(connection).has_table(tables.schema_version.name)
+        return there and self._version(connection) == tables.SCHEMA_VERSION
+
     def _hire(self) -> None:
         self._process = os.getpid()
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="taskflow-writer")
@@ -134,18 +141,23 @@ class SqlBackend:
     def _migrate(self) -> None:
         with self._write_engine.begin() as connection:
             tables.Row.metadata.create_all(connection)
-            version = connection.execute(sa.select(sa.func.max(tables.schema_version.c.version))).scalar()
-            if version is not None and version > tables.SCHEMA_VERSION:
-                raise TaskflowError(
-                    f"{self.url.render_as_string()} has schema version {version}; this code knows up to "
-                    f"{tables.SCHEMA_VERSION}: deploy the newer code, or use another database"
-                )
+            version = self._version(connection)
             if version == tables.SCHEMA_VERSION:
                 return
             for number in range((version or tables.SCHEMA_VERSION) + 1, tables.SCHEMA_VERSION + 1):
                 for step in tables.STEPS[number]:
                     step(connection)
             connection.execute(tables.schema_version.insert().values(version=tables.SCHEMA_VERSION))
+
+    def _version(self, connection: Connection) -> int | None:
+        """The number of the schema that is stored. Raises TaskflowError when it is of newer code."""
+        version = connection.execute(sa.select(sa.func.max(tables.schema_version.c.version))).scalar()
+        if version is not None and version > tables.SCHEMA_VERSION:
+            raise TaskflowError(
+                f"{self.url.render_as_string()} has schema version {version}; this code knows up to "
+                f"{tables.SCHEMA_VERSION}: deploy the newer code, or use another database"
+            )
+        return version
 
     # -- the turn
 
