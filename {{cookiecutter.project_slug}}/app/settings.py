@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import AwareDatetime, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -22,6 +22,8 @@ class Settings(BaseSettings):
     """Signs the dashboard's sessions. Without one, development makes a new key at each start."""
     encryption_key: SecretStr | None = None
     """Encrypts arguments and results at rest."""
+    encrypted_since: AwareDatetime | None = None
+    """When the key was first set: older tasks may be unencrypted. Without, none is read that is not encrypted."""
     retention_days: float | None = Field(default=None, gt=0)
     """Days after which finished tasks are deleted; without, they are kept."""
 

@@ -1,8 +1,9 @@
 """Encryption of arguments and results at rest.
 
-Owns the sealed form: AES-256-GCM with the task's id and name as associated data, so that a payload moved to another row
-does not open. Keys rotate: the newest seals, all of them open. A key is 32 bytes in URL-safe base64, as
-`Fernet.generate_key()` makes them.
+Owns the sealed form: AES-256-GCM with the task's id, its name and the column as associated data, so that a payload
+moved to another place does not open. Keys rotate: the newest seals, all of them open. A key is 32 bytes in URL-safe
+base64, as `Fernet.generate_key()` makes them. With a key, a text that is not sealed is refused: whoever can write into
+the database could otherwise choose what a task is called with.
 """
 
 from __future__ import annotations
@@ -12,69 +13,92 @@ import binascii
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from datetime import datetime
+from typing import Literal, NamedTuple, Protocol
 
 from .errors import TaskflowError
 
-PREFIX = "sealed:1:"
+PREFIX = "sealed:2:"
 """How a sealed text starts; stored JSON never does."""
+FIRST_FORM = "sealed:1:"
+"""How one starts that is not bound to its column: it still opens."""
 NONCE_BYTES = 12
 
 
-class Cipher(Protocol):
-    def seal(self, text: str, task_id: str, name: str) -> str: ...
+class Place(NamedTuple):
+    """Where a text is stored: sealed for it, it opens nowhere else."""
 
-    def open(self, text: str, task_id: str, name: str) -> str:
-        """Raises ValueError when the text was sealed for another task, with an unknown key, or was changed."""
+    task_id: str
+    name: str
+    column: Literal["arguments", "result"]
+    created_at: datetime
+    """Of the task. It binds nothing; it tells whether the text may be older than the key."""
+
+
+class Cipher(Protocol):
+    def seal(self, text: str, place: Place) -> str: ...
+
+    def open(self, text: str, place: Place) -> str:
+        """Raises ValueError when the text was sealed for another place, with an unknown key, or was changed, and when
+        it should have been sealed."""
 
 
 class PlainText:
     """No key: texts are stored as they are. What an earlier key sealed cannot be read."""
 
-    def seal(self, text: str, task_id: str, name: str) -> str:
+    def seal(self, text: str, place: Place) -> str:
         return text
 
-    def open(self, text: str, task_id: str, name: str) -> str:
+    def open(self, text: str, place: Place) -> str:
         if is_sealed(text):
             raise ValueError("it is encrypted and this process has no key (encrypt_args_key)")
         return text
 
 
 class AesCipher:
-    def __init__(self, keys: Sequence[bytes]) -> None:
+    def __init__(self, keys: Sequence[bytes], since: datetime | None) -> None:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
         self._keys = {fingerprint(key): AESGCM(key) for key in keys}
         self._newest = fingerprint(keys[0])
+        self._since = since
 
-    def seal(self, text: str, task_id: str, name: str) -> str:
+    def seal(self, text: str, place: Place) -> str:
         nonce = os.urandom(NONCE_BYTES)
-        sealed = self._keys[self._newest].encrypt(nonce, text.encode(), associated(task_id, name))
+        sealed = self._keys[self._newest].encrypt(nonce, text.encode(), associated(PREFIX, place))
         return f"{PREFIX}{self._newest}:{base64.b64encode(nonce + sealed).decode()}"
 
-    def open(self, text: str, task_id: str, name: str) -> str:
+    def open(self, text: str, place: Place) -> str:
         from cryptography.exceptions import InvalidTag
 
         if not is_sealed(text):
-            return text  # stored before encryption was switched on
-        key, _, payload = text.removeprefix(PREFIX).partition(":")
+            if self._since is not None and place.created_at < self._since:
+                return text  # stored before encryption was switched on
+            raise ValueError(
+                "it is not encrypted and not older than encrypted_since: somebody else may have written it"
+            )
+        form, rest = text[: len(PREFIX)], text[len(PREFIX) :]
+        key, _, payload = rest.partition(":")
         if key not in self._keys:
             raise ValueError("it was encrypted with a key that this process does not have")
         try:
             data = base64.b64decode(payload, validate=True)
-            return self._keys[key].decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], associated(task_id, name)).decode()
+            return self._keys[key].decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], associated(form, place)).decode()
         except (InvalidTag, binascii.Error, ValueError) as error:
             raise ValueError("it was not encrypted for this task, or was changed since") from error
 
 
-def make_cipher(keys: str | bytes | Sequence[str | bytes] | None) -> Cipher:
-    """Raises TaskflowError, without showing it, for a key that is not 32 bytes in URL-safe base64."""
+def make_cipher(keys: str | bytes | Sequence[str | bytes] | None, since: datetime | None = None) -> Cipher:
+    """What is not sealed is read only of tasks that were added before `since`. Raises TaskflowError, without showing
+    it, for a key that is not 32 bytes in URL-safe base64, and for a time without a zone."""
+    if since is not None and since.utcoffset() is None:
+        raise TaskflowError(f"encrypted_since={since!r}: needs a time zone")
     if keys is None:
         return PlainText()
     listed = [keys] if isinstance(keys, str | bytes) else list(keys)
     if not listed:
         raise TaskflowError("encrypt_args_key: an empty list; give one key or more, newest first")
-    return AesCipher([raw_key(key) for key in listed])
+    return AesCipher([raw_key(key) for key in listed], since)
 
 
 def raw_key(key: str | bytes) -> bytes:
@@ -91,7 +115,7 @@ def raw_key(key: str | bytes) -> bytes:
 
 
 def is_sealed(text: str) -> bool:
-    return text.startswith(PREFIX)
+    return text.startswith((PREFIX, FIRST_FORM))
 
 
 def fingerprint(key: bytes) -> str:
@@ -99,5 +123,6 @@ def fingerprint(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()[:8]
 
 
-def associated(task_id: str, name: str) -> bytes:
-    return f"{task_id}\0{name}".encode()
+def associated(form: str, place: Place) -> bytes:
+    column = "" if form == FIRST_FORM else f"\0{place.column}"
+    return f"{place.task_id}\0{place.name}{column}".encode()

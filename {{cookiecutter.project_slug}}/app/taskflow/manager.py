@@ -80,6 +80,7 @@ class TaskManager:
         log_file_mode: str = "rotate",
         log_lifecycle: bool = False,
         encrypt_args_key: str | bytes | list[str | bytes] | None = None,
+        encrypted_since: datetime | None = None,
         max_concurrent_tasks: int | None = None,
         max_sync_threads: int | None = None,
         max_process_workers: int | None = None,
@@ -103,7 +104,7 @@ class TaskManager:
             "process": ProcessExecutor(max_process_workers, process_shutdown_timeout),
         }
         self.journal = Journal(self.backend, clock=clock)
-        cipher = make_cipher(encrypt_args_key)
+        cipher = make_cipher(encrypt_args_key, encrypted_since)
         carried = CarriedContexts()
         self.queues = declared_queues(queues, max_size)
         self.injector = Injector()

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from . import codec
 from .backends.base import Claimed, Finish
-from .cipher import Cipher, PlainText
+from .cipher import Cipher, Place, PlainText
 from .context import BoundedWords, TaskContext, TaskSink, current
 from .dependencies import Injector
 from .errors import CancelTask, RetryLater, UnreadableCall, signal_of, text_of
@@ -182,7 +182,7 @@ class Runner:
     def _arguments(self, task: Claimed) -> str:
         """As they were encoded. Raises UnreadableCall when they cannot be decrypted."""
         try:
-            return self._cipher.open(task.arguments, task.task_id, task.name)
+            return self._cipher.open(task.arguments, Place(task.task_id, task.name, "arguments", task.created_at))
         except ValueError as error:
             raise UnreadableCall(task.name, error) from error
 
@@ -202,7 +202,8 @@ class Runner:
         except codec.CannotStore as error:
             self._sink.log(attempt.context, "warning", f"the result was not stored: {error}", {})
             return None
-        return None if text is None else self._cipher.seal(text, attempt.task.task_id, attempt.task.name)
+        task = attempt.task
+        return text and self._cipher.seal(text, Place(task.task_id, task.name, "result", task.created_at))
 
 
 def outcome_of(error: BaseException, attempt: Attempt) -> Outcome:

@@ -12,14 +12,14 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID, uuid5
 
 import uuid_utils
 
 from . import codec
 from .backends.base import Backend, Cancel, Draft, EditQueue, Finish, Note, Purge, Requeue, TurnResult
-from .cipher import Cipher, PlainText
+from .cipher import Cipher, Place, PlainText
 from .context import CarriedContexts
 from .errors import (
     QueueFullError,
@@ -160,7 +160,7 @@ class TaskStore:
             max_attempts=definition.max_attempts,
             created_at=now,
             run_at=tick or start_of(name, options, now),
-            arguments=self._cipher.seal(arguments, task_id, name),
+            arguments=self._cipher.seal(arguments, Place(task_id, name, "arguments", now)),
             tags=tags_of(name, options, config.tags),
             requeue=config.requeue_on_interrupt,
             source="manual" if schedule is None else "scheduled",
@@ -356,10 +356,11 @@ class TaskStore:
     def _resealed(self, draft: Draft, record: TaskRecord) -> Draft:
         """The draft with the record's arguments under its own id. Raises TaskflowError when they cannot be read."""
         try:
-            arguments = self._cipher.open(draft.arguments, record.task_id, record.func_name)
+            arguments = self._cipher.open(draft.arguments, place_of(record, "arguments"))
         except ValueError as error:
             raise UnreadableCall(record.func_name, error) from error
-        return draft._replace(arguments=self._cipher.seal(arguments, draft.task_id, draft.name))
+        place = Place(draft.task_id, draft.name, "arguments", draft.created_at)
+        return draft._replace(arguments=self._cipher.seal(arguments, place))
 
     async def retry_many(self, task_ids: Sequence[str], actor: str | None = None) -> Retried:
         """Retries those that can be, each once; one entry in the audit."""
@@ -467,7 +468,11 @@ class TaskStore:
         """What the task of a record returned; None while there is nothing. Raises ValueError when it cannot be read."""
         if record.result is None:
             return None
-        return codec.decode(self._cipher.open(record.result, record.task_id, record.func_name))
+        return codec.decode(self._cipher.open(record.result, place_of(record, "result")))
+
+
+def place_of(record: TaskRecord, column: Literal["arguments", "result"]) -> Place:
+    return Place(record.task_id, record.func_name, column, record.created_at)
 
 
 def known_id(task_id: object) -> str:

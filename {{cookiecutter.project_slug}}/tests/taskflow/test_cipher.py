@@ -5,13 +5,15 @@ import base64
 import sqlite3
 import traceback
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from app.taskflow import TaskFailed, TaskflowError, TaskManager, TaskStatus, get_task_context
-from app.taskflow.cipher import make_cipher
+from app.taskflow.cipher import Place, fingerprint, make_cipher
 
 from .conftest import StartManager
 from .helpers import PATIENCE, eventually
@@ -23,6 +25,7 @@ def make_key(number: int) -> str:
     return base64.urlsafe_b64encode(bytes([number]) * 32).decode()
 
 
+PLACE = Place("id", "name", "arguments", datetime(2026, 1, 1, tzinfo=UTC))
 OLD, NEW = make_key(1), make_key(2)
 NEEDLE = "Karlsson-on-the-roof"
 """Occurs in no file but where a secret was written."""
@@ -100,46 +103,57 @@ async def run(start_manager: StartManager, key: object) -> TaskManager:
 
 def test_what_was_sealed_opens_for_its_task_and_for_no_other() -> None:
     cipher = make_cipher(NEW)
-    sealed = cipher.seal(NEEDLE, "id", "name")
+    sealed = cipher.seal(NEEDLE, PLACE)
     assert NEEDLE not in sealed
-    assert cipher.open(sealed, "id", "name") == NEEDLE
-    for task_id, name in (("other", "name"), ("id", "other"), ("id\0name", ""), ("", "id\0name")):
+    assert cipher.open(sealed, PLACE) == NEEDLE
+    changes: list[dict[str, Any]] = [
+        {"task_id": "other"},
+        {"name": "other"},
+        {"task_id": "id\0name", "name": ""},
+        {"task_id": "", "name": "id\0name"},
+        {"column": "result"},
+    ]
+    for change_ in changes:
         with pytest.raises(ValueError, match="not encrypted for this task"):
-            cipher.open(sealed, task_id, name)
+            cipher.open(sealed, PLACE._replace(**change_))
 
 
 def test_the_same_text_is_never_sealed_the_same_way() -> None:
     cipher = make_cipher(NEW)
-    assert len({cipher.seal("text", "id", "name") for _ in range(100)}) == 100
+    assert len({cipher.seal("text", PLACE) for _ in range(100)}) == 100
 
 
 def test_a_sealed_text_that_was_changed_does_not_open() -> None:
     cipher = make_cipher(NEW)
-    sealed = cipher.seal("text", "id", "name")
+    sealed = cipher.seal("text", PLACE)
     head, payload = sealed.rsplit(":", 1)
     raw = bytearray(base64.b64decode(payload))
     for place in range(len(raw)):
         changed = raw.copy()
         changed[place] ^= 1
         with pytest.raises(ValueError, match="was changed since"):
-            cipher.open(f"{head}:{base64.b64encode(changed).decode()}", "id", "name")
+            cipher.open(f"{head}:{base64.b64encode(changed).decode()}", PLACE)
     for broken in (f"{head}:", f"{head}:!", sealed[:-8]):
         with pytest.raises(ValueError, match="was changed since"):
-            cipher.open(broken, "id", "name")
+            cipher.open(broken, PLACE)
 
 
 def test_the_newest_key_seals_and_all_of_them_open() -> None:
     before, rotated, after = make_cipher(OLD), make_cipher([NEW, OLD]), make_cipher([NEW])
-    assert rotated.open(before.seal("text", "id", "name"), "id", "name") == "text"
-    assert after.open(rotated.seal("text", "id", "name"), "id", "name") == "text"
+    assert rotated.open(before.seal("text", PLACE), PLACE) == "text"
+    assert after.open(rotated.seal("text", PLACE), PLACE) == "text"
     with pytest.raises(ValueError, match="does not have"):
-        after.open(before.seal("text", "id", "name"), "id", "name")
+        after.open(before.seal("text", PLACE), PLACE)
 
 
-def test_a_plain_text_from_before_stays_readable_and_a_sealed_one_needs_the_key() -> None:
-    assert make_cipher(NEW).open("[[1],{}]", "id", "name") == "[[1],{}]"
+def test_a_plain_text_from_before_the_key_stays_readable_and_a_sealed_one_needs_the_key() -> None:
+    since = make_cipher(NEW, PLACE.created_at + timedelta(seconds=1))
+    assert since.open("[[1],{}]", PLACE) == "[[1],{}]"
+    for cipher in (make_cipher(NEW), make_cipher(NEW, PLACE.created_at)):
+        with pytest.raises(ValueError, match="not encrypted and not older than encrypted_since"):
+            cipher.open("[[1],{}]", PLACE)
     with pytest.raises(ValueError, match="no key"):
-        make_cipher(None).open(make_cipher(NEW).seal("text", "id", "name"), "id", "name")
+        make_cipher(None).open(make_cipher(NEW).seal("text", PLACE), PLACE)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +181,22 @@ def test_a_bad_key_is_refused_at_once_without_being_shown(key: Any) -> None:
 def test_an_empty_list_of_keys_is_refused() -> None:
     with pytest.raises(TaskflowError, match="an empty list"):
         TaskManager(encrypt_args_key=[])
+
+
+def test_what_was_sealed_before_the_column_was_bound_still_opens_for_its_task_alone() -> None:
+    nonce = bytes(12)
+    sealed = AESGCM(bytes([2]) * 32).encrypt(nonce, b"text", b"id\0name")
+    stored = f"sealed:1:{fingerprint(bytes([2]) * 32)}:{base64.b64encode(nonce + sealed).decode()}"
+    assert make_cipher(NEW).open(stored, PLACE) == "text"
+    with pytest.raises(ValueError, match="not encrypted for this task"):
+        make_cipher(NEW).open(stored, PLACE._replace(task_id="other"))
+    with pytest.raises(ValueError, match="was changed since"):
+        make_cipher(NEW).open(stored.replace("sealed:1:", "sealed:2:"), PLACE)
+
+
+def test_a_time_without_a_zone_is_refused_as_the_beginning_of_encryption() -> None:
+    with pytest.raises(TaskflowError, match="encrypted_since"):
+        TaskManager(encrypt_args_key=NEW, encrypted_since=datetime(2026, 1, 1))
 
 
 # -- in the engine
@@ -253,13 +283,40 @@ async def test_keys_rotate_without_losing_what_waits(start_manager: StartManager
 async def test_a_removed_key_fails_its_tasks_and_no_other(start_manager: StartManager) -> None:
     (before,) = await held(start_manager, OLD, ("double", "before"))
     (after,) = await held(start_manager, [NEW, OLD], ("double", "after"))
-    (plain,) = await held(start_manager, None, ("double", "plain"))
     manager = await run(start_manager, NEW)
     assert await manager.result(after, PATIENCE) == "afterafter"
-    assert await manager.result(plain, PATIENCE) == "plainplain"
     with pytest.raises(TaskFailed, match="a key that this process does not have"):
         await manager.result(before, PATIENCE)
     assert (await manager.store.get(before)).attempt == 1
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["dated", "undated"])
+async def test_what_waited_unencrypted_runs_only_where_it_is_said_to_be_older_than_the_key(
+    start_manager: StartManager, known: bool
+) -> None:
+    (plain,) = await held(start_manager, None, ("double", "plain"))
+    since = datetime.now(UTC) if known else None
+    manager = await start_manager(define, encrypt_args_key=NEW, encrypted_since=since)
+    await manager.store.resume_queue("default")
+    if known:
+        assert await manager.result(plain, PATIENCE) == "plainplain"
+    else:
+        with pytest.raises(TaskFailed, match="not encrypted and not older"):
+            await manager.result(plain, PATIENCE)
+
+
+async def test_arguments_that_were_copied_into_the_result_are_not_returned(
+    start_manager: StartManager, file: Path
+) -> None:
+    manager = await start_manager(define, encrypt_args_key=NEW)
+    task_id = await manager.enqueue(task(manager, "double"), "text")
+    await manager.result(task_id, PATIENCE)
+    change(file, "UPDATE taskflow_task SET result = arguments WHERE task_id = ?", task_id)
+    with pytest.raises(ValueError, match="not encrypted for this task"):
+        await manager.result(task_id)
+    change(file, "UPDATE taskflow_task SET result = '\"forged\"' WHERE task_id = ?", task_id)
+    with pytest.raises(ValueError, match="not encrypted and not older"):
+        await manager.result(task_id)
 
 
 async def test_without_any_key_a_sealed_task_fails_and_says_what_is_missing(start_manager: StartManager) -> None:

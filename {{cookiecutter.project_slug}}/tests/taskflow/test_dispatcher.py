@@ -76,6 +76,7 @@ class Stage:
             tags={},
             requeue=requeue,
             trace=None,
+            created_at=START,
         )
         self.dispatcher.turned([], TurnResult(claimed=[task]))
         return task

@@ -265,3 +265,21 @@ async def test_a_key_seen_before_holds_up_nobody_in_its_queue(start_manager: Sta
         manager.enqueue(task(manager), "again", idempotency_key="k"), manager.enqueue(task(manager), "other")
     )
     assert await manager.result(other, 0.7) == "other"  # not only at the next poll
+
+
+async def test_a_key_that_comes_again_for_another_queue_runs_there(
+    start_manager: StartManager, payments: Payments
+) -> None:
+    """The queue whose limit judged it is the one that it goes into."""
+    manager = await start_manager(payments.define, queues={"one": QueueConfig(), "two": QueueConfig()})
+    task_id = await manager.enqueue(task(manager), "fails", idempotency_key="k", queue="one")
+    await eventually(lambda: ended(manager, task_id))
+    await manager.store.pause_queue("two")
+    assert await manager.enqueue(task(manager), "works", idempotency_key="k", queue="two") == task_id
+    record = await manager.store.get(task_id)
+    assert (record.queue, record.status) == ("two", TaskStatus.PENDING)
+    pending = {state.name: state.pending for state in await manager.store.queues()}
+    assert (pending.get("one", 0), pending["two"]) == (0, 1)
+    await manager.store.resume_queue("two")
+    assert await manager.result(task_id, PATIENCE) == "works"
+    await assert_counters_match_rows(manager.backend, manager.clock())

@@ -115,6 +115,7 @@ def claimed(task_id: str | None = None) -> Claimed:
         tags={},
         requeue=False,
         trace=None,
+        created_at=START,
     )
 
 

@@ -58,6 +58,7 @@ def claimed(
         tags={"colour": "red"},
         requeue=requeue,
         trace=None,
+        created_at=START,
     )
 
 

@@ -77,6 +77,7 @@ class Claimed(NamedTuple):
     tags: Mapping[str, str]
     requeue: bool
     trace: str | None
+    created_at: datetime
 
     @property
     def attempt_id(self) -> AttemptId:

@@ -179,8 +179,15 @@ class Commands:
         return Answer(before=before, changed=int(before in RETRYABLE))
 
     def requeue(
-        self, row: Row[Any], max_attempts: int, actor: str | None, run_at: datetime | None = None, **changes: object
+        self,
+        row: Row[Any],
+        max_attempts: int,
+        actor: str | None,
+        run_at: datetime | None = None,
+        queue: str | None = None,
+        **changes: object,
     ) -> None:
+        """`queue` is another one that it goes to."""
         status = stored_status(TaskStatus.PENDING, run_at, self._now)
         self._update(
             row.task_id,
@@ -195,10 +202,12 @@ class Commands:
             error=None,
             stacktrace=None,
             cancel_requested=False,
+            queue=queue or row.queue,
             **changes,
         )
         self._ledger.event(EventKind.REQUEUED, row.task_id, actor=actor)
-        self._ledger.move(row.queue, row.name, row.status, status)
+        self._ledger.move(row.queue, row.name, row.status, None)
+        self._ledger.move(queue or row.queue, row.name, None, status)
         self._ledger.ran_no_more(row)
 
     def _rescue(self, stamps: Mapping[str, int]) -> Answer:

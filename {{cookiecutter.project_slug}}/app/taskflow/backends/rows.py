@@ -79,7 +79,7 @@ def next_claim(cells: Sequence[Any], now: datetime) -> Claimed:
 
 
 def claimed_of(cells: Sequence[Any], attempt: int, started_at: datetime) -> Claimed:
-    task_id, name, queue, executor, excused, max_attempts, arguments, tags, requeue, trace, _, _ = cells
+    task_id, name, queue, executor, excused, max_attempts, arguments, tags, requeue, trace, created_at, _, _ = cells
     return Claimed(
         task_id,
         name,
@@ -93,6 +93,7 @@ def claimed_of(cells: Sequence[Any], attempt: int, started_at: datetime) -> Clai
         loads_object(tags),
         bool(requeue),
         trace,
+        from_micros(created_at),
     )
 
 
@@ -111,6 +112,7 @@ def first_claim(draft: Draft, started_at: datetime) -> Claimed:
         draft.tags,
         draft.requeue,
         draft.trace,
+        draft.created_at,
     )
 
 

@@ -33,6 +33,7 @@ CLAIMED_COLUMNS = (
     task.c.tags,
     task.c.requeue,
     task.c.trace,
+    task.c.created_at,
     task.c.attempt,
     task.c.started_at,
 )

@@ -298,7 +298,7 @@ class TurnWriter:
                     "run_key": draft.run_key,
                 }
                 self._commands.requeue(
-                    row, draft.max_attempts, None, draft.run_at, tags=dumps_object(draft.tags), **said
+                    row, draft.max_attempts, None, draft.run_at, draft.queue, tags=dumps_object(draft.tags), **said
                 )
         return refused
 
