@@ -228,9 +228,9 @@ def named_by(item: Any) -> Iterable[Any]:
 
 def hints_of(annotated: Any) -> list[Any]:
     """What the annotations of a class or function say, as far as they can be resolved here."""
-    hints: list[Any] = [*getattr(annotated, "__annotations__", {}).values()]
-    hints += [field.annotation for field in getattr(annotated, "__pydantic_fields__", {}).values()]
+    hints: list[Any] = [field.annotation for field in getattr(annotated, "__pydantic_fields__", {}).values()]
     with suppress(Exception):  # names that only their author's scope knows
+        hints += getattr(annotated, "__annotations__", {}).values()
         hints += get_type_hints(annotated, include_extras=True).values()
     return hints
 

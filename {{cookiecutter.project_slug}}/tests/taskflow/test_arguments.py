@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from abc import ABC
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum, Flag, IntEnum, StrEnum
@@ -20,7 +21,7 @@ from zoneinfo import ZoneInfo
 
 import pydantic
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import (
     AfterValidator,
@@ -322,6 +323,27 @@ class Strict:
     who: Delete | Suspend
 
 
+class Animal(ABC):  # noqa: B024
+    """A class that pydantic knows nothing of but its name."""
+
+
+@dataclass
+class Fish(Animal):
+    fins: int
+
+
+@dataclass(slots=True)
+class Base:
+    x: int
+
+
+@dataclass(slots=True)
+class Slotted(Base):
+    """The decorator made this class twice, and the first one may still be there."""
+
+    y: int = 2
+
+
 class UserId(str):
     """A plain type's subclass."""
 
@@ -451,6 +473,64 @@ def test_a_private_attribute_that_the_model_itself_fills_arrives_or_is_refused()
         taking(Connected).encode((Connected(x=1),), {})
 
 
+Kind = tuple[Any, st.SearchStrategy[Any]]
+"""An annotation, and values for it."""
+numbers = itertools.count()
+SIMPLE: list[Kind] = [
+    (int, st.integers()),
+    (str, st.text()),
+    (Decimal, st.decimals(allow_nan=False, allow_infinity=False)),
+    (date, st.dates()),
+    (Colour, st.sampled_from(Colour)),
+    (Rights, st.builds(lambda a, b: a | b, st.sampled_from(Rights), st.sampled_from(Rights))),
+    (SecretStr, st.text().map(SecretStr)),
+    (Delete | Suspend, st.text().flatmap(lambda user: st.sampled_from([Delete(user=user), Suspend(user=user)]))),
+    (Account, st.builds(Account, password=st.text())),
+    (Names, st.lists(st.text()).map(Names)),
+    (Open, st.dictionaries(st.text(), st.integers()).map(lambda extra: Open.model_validate({"$": 1, **extra, "x": 2}))),
+    (Point, st.builds(Point, st.integers(), st.sampled_from(Colour))),
+    (Base, st.builds(Slotted, st.integers(), st.integers())),
+    (Pair, st.builds(Pair, st.builds(Suspend, user=st.text()), st.integers())),
+]
+
+
+def containers(inner: st.SearchStrategy[Kind]) -> st.SearchStrategy[Kind]:
+    def made(kinds: list[Kind], shape: str) -> Kind:
+        (kind, values), fields = kinds[0], {f"f{n}": kind for n, (kind, _) in enumerate(kinds)}
+        by_field = {name: values for name, (_, values) in zip(fields, kinds, strict=True)}
+        match shape:
+            case "list":
+                return list[kind], st.lists(values, max_size=3)  # type: ignore[valid-type]
+            case "dict":
+                return dict[str, kind], st.dictionaries(st.text(), values, max_size=3)  # type: ignore[valid-type]
+            case "tuple":
+                return tuple[tuple(fields.values())], st.tuples(*by_field.values())  # type: ignore[misc]
+            case "optional":
+                return kind | None, st.none() | values
+            case "page":
+                page = Page[kind]  # type: ignore[valid-type]
+                return page, st.builds(page, items=st.lists(values, max_size=2))
+            case "dataclass":
+                data = make_dataclass(f"Data{next(numbers)}", fields.items(), frozen=True, slots=True)
+                return data, st.builds(data, **by_field)
+            case _:
+                model: Any = later(f"Model{next(numbers)}", **{name: (kind,) for name, kind in fields.items()})
+                return model, st.builds(model, **by_field)
+
+    shapes = st.sampled_from(["list", "dict", "tuple", "optional", "page", "dataclass", "model"])
+    return st.builds(made, st.lists(inner, min_size=1, max_size=3), shapes)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data(), st.recursive(st.sampled_from(SIMPLE), containers, max_leaves=5))
+def test_any_type_made_of_others_arrives_as_it_left(data: st.DataObject, kind: Kind) -> None:
+    annotation, values = kind
+    definition = taking(annotation)
+    for value in data.draw(st.lists(values, min_size=1, max_size=3)):
+        ((found,), _) = definition.decode(definition.encode((value,), {}))
+        assert same(found, direct(annotation, value))
+
+
 def test_what_a_cached_property_has_kept_is_found_anew() -> None:
     assert brought(Square, Square(side=3).used()).__dict__ == {"side": 3}
 
@@ -472,27 +552,6 @@ def test_what_no_annotation_speaks_of_arrives_whole_or_is_refused() -> None:
 def test_a_model_made_without_a_field_is_refused_at_the_caller() -> None:
     with pytest.raises(TaskArgumentError, match="no value for its field 'user'"):
         taking(Suspend).encode((Suspend.model_construct(),), {})
-
-
-class Animal(ABC):  # noqa: B024
-    """A class that pydantic knows nothing of but its name."""
-
-
-@dataclass
-class Fish(Animal):
-    fins: int
-
-
-@dataclass(slots=True)
-class Base:
-    x: int
-
-
-@dataclass(slots=True)
-class Slotted(Base):
-    """The decorator made this class twice, and the first one may still be there."""
-
-    y: int = 2
 
 
 def test_a_subclass_arrives_as_what_it_is_whatever_its_base_is() -> None:

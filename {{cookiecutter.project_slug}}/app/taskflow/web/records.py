@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime, time
 from typing import Any
@@ -59,7 +60,7 @@ def plain(value: object, depth: int = 0) -> Any:
             return value if math.isfinite(value) else str(value)
         case Mapping():
             return {str(plain(key, depth + 1)): plain(item, depth + 1) for key, item in value.items()}
-        case list() | tuple() | set() | frozenset():
+        case list() | tuple() | set() | frozenset() | deque():
             return [plain(item, depth + 1) for item in value]
         case bytes():
             return base64.b64encode(value).decode()
