@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import accumulate
 from typing import Any, Literal
 from uuid import UUID, uuid5
 
@@ -64,6 +65,8 @@ RESULT_POLL = 1.0
 """Seconds between looks at a task that may run in another process."""
 MOST_NOTED_IDS = 100
 RETRY_BATCH = 500
+MOST_LOGGED = 2_000_000
+"""Characters of log lines that are read at a time."""
 PURGE_BATCH = 2_000
 """Rows of every kind."""
 MOST_UNKNOWN_QUEUES = 100
@@ -210,9 +213,9 @@ class TaskStore:
         """Newest first."""
         return await self._backend.page(where, before, limit)
 
-    async def with_arguments(self, tasks: Sequence[TaskRecord]) -> Sequence[TaskRecord]:
-        """The same tasks with their stored arguments, which a page leaves out."""
-        found = await self._backend.arguments([task.task_id for task in tasks])
+    async def with_arguments(self, tasks: Sequence[TaskRecord], most: int) -> Sequence[TaskRecord]:
+        """The same tasks with the first `most` characters of their stored arguments, which a page leaves out."""
+        found = await self._backend.arguments([task.task_id for task in tasks], most)
         return [replace(task, arguments=found.get(task.task_id)) for task in tasks]
 
     async def events(self, task_id: str) -> Sequence[TaskEvent]:
@@ -221,9 +224,16 @@ class TaskStore:
         return await self._backend.events(record.task_id)
 
     async def logs(self, task_id: str, after: int = 0, limit: int = 1_000) -> Sequence[LogEntry]:
-        """Oldest first, those with a higher `seq` than `after`. Raises TaskNotFound."""
+        """Oldest first, those with a higher `seq` than `after`; fewer than there are where they are long together.
+        Raises TaskNotFound."""
         record = await self.get(task_id)
-        return await self._backend.logs(record.task_id, after, limit)
+        found = await self._backend.logs(record.task_id, after, limit)
+        size = accumulate(len(line.message) + sum(len(str(value)) for value in line.extra.values()) for line in found)
+        return [
+            line
+            for place, (line, total) in enumerate(zip(found, size, strict=True))
+            if not place or total < MOST_LOGGED
+        ]
 
     async def events_after(self, seq: int, limit: int = 1_000) -> Sequence[TaskEvent]:
         """Of all tasks, oldest first."""
@@ -466,9 +476,12 @@ class TaskStore:
 
     def returned(self, record: TaskRecord) -> Any:
         """What the task of a record returned; None while there is nothing. Raises ValueError when it cannot be read."""
-        if record.result is None:
-            return None
-        return codec.decode(self._cipher.open(record.result, place_of(record, "result")))
+        text = self.result_text(record)
+        return None if text is None else codec.decode(text)
+
+    def result_text(self, record: TaskRecord) -> str | None:
+        """What it returned, as `codec` wrote it. Raises ValueError when it cannot be read."""
+        return None if record.result is None else self._cipher.open(record.result, place_of(record, "result"))
 
 
 def place_of(record: TaskRecord, column: Literal["arguments", "result"]) -> Place:

@@ -135,7 +135,7 @@ async def live(bench: Bench) -> None:
     await backend.due(bench.now)
     await backend.instances()
     await backend.cancels("one")
-    await backend.arguments([one.task_id])
+    await backend.arguments([one.task_id], 100)
     await live_schedules(bench)
     before = Cursor(bench.now, "task-5")
     for where in (

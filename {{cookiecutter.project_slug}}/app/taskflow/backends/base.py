@@ -507,5 +507,5 @@ class Backend(Protocol):
     async def cancels(self, instance_id: str) -> Sequence[AttemptId]:
         """What this instance runs that somebody asked to stop."""
 
-    async def arguments(self, task_ids: Sequence[str]) -> Mapping[str, str]:
-        """The encoded arguments of these tasks, by id; at most a page's worth of ids."""
+    async def arguments(self, task_ids: Sequence[str], most: int) -> Mapping[str, str]:
+        """The first `most` characters of these tasks' encoded arguments, by id; at most a page's worth of ids."""

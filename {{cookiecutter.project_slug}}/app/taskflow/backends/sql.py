@@ -389,8 +389,9 @@ class SqlBackend:
         rows = await self._read(lambda connection: connection.execute(statement, {"me": instance_id}).all())
         return [(row.task_id, row.attempt) for row in rows]
 
-    async def arguments(self, task_ids: Sequence[str]) -> Mapping[str, str]:
-        statement = sa.select(task.c.task_id, task.c.arguments).where(task.c.task_id.in_(task_ids))
+    async def arguments(self, task_ids: Sequence[str], most: int) -> Mapping[str, str]:
+        beginning = sa.func.substr(task.c.arguments, 1, most).label("arguments")
+        statement = sa.select(task.c.task_id, beginning).where(task.c.task_id.in_(task_ids))
         rows = await self._read(lambda connection: connection.execute(statement).all())
         return {row.task_id: row.arguments for row in rows}
 

@@ -107,8 +107,9 @@ def api_router(site: Site) -> APIRouter:
         page = await store.page(where, before, query.limit)
         rows = [records.task_row(store, task) for task in page.tasks]
         if site.display_func_args:
-            calls = await store.with_arguments(page.tasks)
-            rows = [row | records.arguments(store, task) for row, task in zip(rows, calls, strict=True)]
+            most = records.LONGEST_LISTED
+            calls = await store.with_arguments(page.tasks, most + 1)
+            rows = [row | records.arguments(store, task, most) for row, task in zip(rows, calls, strict=True)]
         return Json(rows, headers={"Link": next_link(site.base(request), request, page.older)} if page.older else None)
 
     @router.get(

@@ -14,6 +14,7 @@ from datetime import date, datetime, time
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from pydantic_core import from_json
 
 from ..codec import DEEPEST
 from ..models import (
@@ -29,6 +30,10 @@ from ..models import (
 from ..store import Metrics, Retried, TaskStore
 from ..texts import MORE
 
+LONGEST_LISTED = 4_000
+"""Characters of JSON that a list shows of one task's result, and of its arguments."""
+LONGEST_SHOWN = 1_000_000
+"""Characters of JSON that are shown of one task's arguments."""
 UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
 """What reading a stored value may raise when its text was damaged, or was written under another key."""
 
@@ -70,29 +75,55 @@ def plain(value: object, depth: int = 0) -> Any:
             return str(value)
 
 
-def returned(store: TaskStore, task: TaskRecord) -> Any:
+def returned(store: TaskStore, task: TaskRecord, *, listed: bool = False) -> Any:
     """What the task returned, as plain JSON; None when there is nothing, or nothing that can be read."""
     try:
+        text = store.result_text(task)
+        if listed and text is not None and len(text) > LONGEST_LISTED:
+            return beginning(text, LONGEST_LISTED)
         return plain(store.returned(task))
     except UNREADABLE:
         return None
 
 
-def arguments(store: TaskStore, task: TaskRecord) -> dict[str, Any]:
-    """`args` and `kwargs` as plain JSON; both None when they cannot be read."""
+def arguments(store: TaskStore, task: TaskRecord, most: int = LONGEST_SHOWN) -> dict[str, Any]:
+    """`args` and `kwargs` as plain JSON, their beginning where they are longer; both None when they cannot be read."""
     try:
+        if task.arguments is not None and len(task.arguments) > most:
+            call: list[Any] = beginning(task.arguments, most)
+            return {"args": call[0], "kwargs": call[1] if len(call) > 1 else {}}
         args, kwargs = store.arguments(task)
         return {"args": plain(list(args)), "kwargs": plain(kwargs)}
     except UNREADABLE:
         return {"args": None, "kwargs": None}
 
 
+def beginning(text: str, most: int) -> Any:
+    """The first values of a JSON text, with a mark where it was cut."""
+    return marked(plain(from_json(text[:most], allow_partial="trailing-strings")))
+
+
+def marked(value: Any) -> Any:
+    match value:
+        case str():
+            return value + MORE
+        case list():
+            return [*value[:-1], marked(value[-1])] if value else [MORE]
+        case dict() if value:
+            last = next(reversed(value))
+            return value | {last: marked(value[last])}
+        case dict():
+            return {MORE: MORE}
+        case _:
+            return value
+
+
 def iso(moment: datetime | None) -> str | None:
     return None if moment is None else moment.isoformat()
 
 
-def task_row(store: TaskStore, task: TaskRecord) -> dict[str, Any]:
-    """A task in a list: without the texts that can be long."""
+def task_row(store: TaskStore, task: TaskRecord, *, listed: bool = True) -> dict[str, Any]:
+    """A task in a list: without the texts that can be long, and with the beginning of a long result."""
     return {
         "task_id": task.task_id,
         "func_name": task.func_name,
@@ -111,14 +142,14 @@ def task_row(store: TaskStore, task: TaskRecord) -> dict[str, Any]:
         "run_at": iso(task.run_at),
         "attempt": task.attempt,
         "max_attempts": task.max_attempts,
-        "result": returned(store, task),
+        "result": returned(store, task, listed=listed),
         "progress": plain(task.progress),
         "instance": task.instance,
     }
 
 
 def task_record(store: TaskStore, task: TaskRecord, logs: Iterable[LogEntry]) -> dict[str, Any]:
-    return task_row(store, task) | {"logs": log_lines(logs), "stacktrace": task.stacktrace}
+    return task_row(store, task, listed=False) | {"logs": log_lines(logs), "stacktrace": task.stacktrace}
 
 
 def log_lines(logs: Iterable[LogEntry]) -> list[str]:
