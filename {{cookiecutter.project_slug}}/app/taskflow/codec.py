@@ -224,11 +224,13 @@ def from_json(stored: Any, readers: Readers) -> Any:
     """What `to_json` wrote, as the value that it was; lists and dicts are filled where they are."""
     if type(stored) is list:
         for index, item in enumerate(stored):
-            if type(item) is list or type(item) is dict:
+            kind = type(item)
+            if kind is list or kind is dict:
                 stored[index] = from_json(item, readers)
     elif type(stored) is dict:
         for name, item in stored.items():
-            if type(item) is list or type(item) is dict:
+            kind = type(item)
+            if kind is dict or kind is list:
                 stored[name] = from_json(item, readers)
         if len(stored) == 1:
             ((name, inner),) = stored.items()

@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, NewType, TypeVar, get_args, get_origin
@@ -66,6 +66,7 @@ class Objects:
         self._roots = frozenset(reached)
         self._by_name: dict[str, type | None] = {}
         self._how: dict[type, Way] = {}
+        self._makers: dict[tuple[str, str], Callable[..., Any]] = {}
         for kind in self._roots:
             name = name_of(kind)
             self._by_name[name] = None if name in self._by_name else kind  # two of one name: neither
@@ -97,13 +98,20 @@ class Objects:
 
     def read(self, tag: str, stored: Any) -> Any:
         """The instance that `write` stored under this tag. Raises Changed."""
-        kind = self.named(stored[0])
-        if self._way_of(kind)[0] != tag:
-            raise Changed(f"{stored[0]} is another kind of class now")
+        name, *state = stored
+        make = self._makers.get((tag, name)) or self._maker(tag, name)
         try:
-            return MAKERS[tag](kind, *stored[1:])
+            return make(*state)
         except (AttributeError, LookupError) as error:
-            raise Changed(f"{stored[0]}: {error}") from error
+            raise Changed(f"{name}: {error}") from error
+
+    def _maker(self, tag: str, name: str) -> Callable[..., Any]:
+        kind = self.named(name)
+        if self._way_of(kind)[0] != tag:
+            raise Changed(f"{name} is another kind of class now")
+        make = model_maker(kind) if tag == "$model" else partial(MAKERS[tag], kind)
+        self._makers[tag, name] = make
+        return make
 
     def named(self, name: str) -> type:
         """A reached class, or a subclass of one; also one that has moved to another module. Raises Changed."""
@@ -290,28 +298,33 @@ def has_default(field: Any) -> bool:
     return field is not None and (field.default_factory is not None or field.default is not PydanticUndefined)
 
 
-def make_model(
-    kind: type[BaseModel],
-    fields: dict[str, Any],
-    given: list[str] | None = None,
-    extra: dict[str, Any] | None = None,
-    private: Mapping[str, Any] = NOTHING,
-) -> BaseModel:
-    named = set(fields if given is None else given)
-    if fields.keys() != kind.__pydantic_fields__.keys():
-        fields, gone = fitted(kind, fields)
-        if gone and kind.model_config.get("extra") == "forbid":
-            raise Changed(f"{name_of(kind)} has no field {min(gone)!r}")
-        named -= gone.keys()
-    if extra is None and kind.model_config.get("extra") == "allow":
-        extra = {}
-    model = kind.__new__(kind)
-    put(model, "__dict__", fields)
-    put(model, "__pydantic_fields_set__", named)
-    if not kind.__pydantic_root_model__:  # which has no place for either
-        put(model, "__pydantic_extra__", extra)
-        put(model, "__pydantic_private__", private_of(kind, private, fields) if kind.__private_attributes__ else None)
-    return model
+def model_maker(kind: type[BaseModel]) -> Callable[..., BaseModel]:
+    """Makes instances of one class: lists have thousands of them."""
+    known = kind.__pydantic_fields__.keys()
+    policy = kind.model_config.get("extra")
+    has_more, has_private, new = not kind.__pydantic_root_model__, bool(kind.__private_attributes__), kind.__new__
+
+    def make(
+        fields: dict[str, Any],
+        given: list[str] | None = None,
+        extra: dict[str, Any] | None = None,
+        private: Mapping[str, Any] = NOTHING,
+    ) -> BaseModel:
+        named = set(fields if given is None else given)
+        if fields.keys() != known:
+            fields, gone = fitted(kind, fields)
+            if gone and policy == "forbid":
+                raise Changed(f"{name_of(kind)} has no field {min(gone)!r}")
+            named -= gone.keys()
+        model = new(kind)
+        put(model, "__dict__", fields)
+        put(model, "__pydantic_fields_set__", named)
+        if has_more:
+            put(model, "__pydantic_extra__", {} if extra is None and policy == "allow" else extra)
+            put(model, "__pydantic_private__", private_of(kind, private, fields) if has_private else None)
+        return model
+
+    return make
 
 
 def private_of(kind: type[BaseModel], stored: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -489,7 +502,6 @@ def make_variant(kind: Any, value: Any, attributes: Mapping[str, Any] | None = N
 
 
 MAKERS: Mapping[str, Callable[..., Any]] = {
-    "$model": make_model,
     "$row": make_row,
     "$data": make_data,
     "$enum": make_enum,
