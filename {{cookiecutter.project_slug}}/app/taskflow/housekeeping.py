@@ -265,12 +265,26 @@ class Housekeeping:
 
     async def _dead(self) -> Mapping[str, int]:
         """Instance id -> the stamp of its last heartbeat."""
-        pulses = [pulse for pulse in await asyncio.to_thread(self._backend.pulses) if self._is_other(pulse)]
+        pulses = await self._others()
         gone = [pulse for pulse in pulses if is_gone(pulse.instance, self._me.machine)]
         return {pulse.instance.instance_id: pulse.stamp for pulse in [*gone, *self._lapsed(pulses)]}
 
-    def _is_other(self, pulse: Pulse) -> bool:
-        return pulse.instance.instance_id != self._me.instance_id
+    async def _others(self) -> Sequence[Pulse]:
+        pulses = await asyncio.to_thread(self._backend.pulses)
+        return [pulse for pulse in pulses if pulse.instance.instance_id != self._me.instance_id]
+
+    async def _others_serve(self) -> bool:
+        """Waits until it is known: the processes of this machine can be seen, one of another machine either beats or
+        does not for a whole lease."""
+        stamps: dict[str, int] = {}
+        while others := await self._others():
+            for other, stamp, _ in others:
+                lives_here = other.machine == self._me.machine != "" and not is_gone(other, self._me.machine)
+                if lives_here or stamps.setdefault(other.instance_id, stamp) != stamp:
+                    return True
+            await asyncio.sleep(self._look_interval)
+            await self._rescue()
+        return False
 
     def _lapsed(self, pulses: Sequence[Pulse]) -> Sequence[Pulse]:
         failures = self.heartbeat.failures
@@ -288,7 +302,7 @@ class Housekeeping:
 
     async def _drop_pending(self) -> None:
         """With `requeue_pending=False`: what an earlier run left waiting is cancelled, unless others serve it."""
-        if any(map(self._is_other, await asyncio.to_thread(self._backend.pulses))):
+        if await self._others_serve():
             return
         # Not what this process has accepted while it waited for its database.
         pending = TaskFilter(statuses=(TaskStatus.PENDING,), until=self._me.started - timedelta(microseconds=1))

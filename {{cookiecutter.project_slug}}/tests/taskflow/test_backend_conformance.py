@@ -12,7 +12,6 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
-from itertools import pairwise
 from multiprocessing import get_context
 from typing import Any
 
@@ -1110,13 +1109,13 @@ async def test_progress_is_shown_while_its_attempt_runs_and_only_from_its_owner(
 async def test_an_instance_is_seen_with_its_lease_and_with_another_stamp_after_each_heartbeat(bench: Bench) -> None:
     me = make_instance("one", machine="here", pid=77, birth="b")
     stamps = []
-    for seconds in (0, 20, 0, -3600):  # the clock stands still, then is put back
+    for seconds in (0, 20, 0, 0, -3600):  # the clock stands still, then is put back
         bench.pass_time(seconds)
         bench.beat(30, me)
         (pulse,) = bench.backend.pulses()
         assert (pulse.instance, round(pulse.lease, 3), pulse.signed_off) == (me, 30.0, False)
         stamps.append(pulse.stamp)
-    assert all(one != other for one, other in pairwise(stamps))
+    assert len({*stamps}) == len(stamps)
     (shown,) = await bench.backend.instances()
     assert (shown.instance_id, shown.pid, shown.started, shown.heartbeat) == ("one", 77, START, bench.now)
     assert (shown.slots, shown.running) == (4, 0)

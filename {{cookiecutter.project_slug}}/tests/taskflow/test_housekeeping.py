@@ -287,6 +287,31 @@ async def test_an_instance_whose_row_is_gone_registers_again(start_manager: Star
     await eventually(manager.backend.pulses)
 
 
+@pytest.mark.parametrize(("beats", "end"), [(False, TaskStatus.CANCELLED), (True, TaskStatus.PENDING)])
+async def test_what_an_earlier_run_left_waiting_is_cancelled_once_it_is_known_that_nobody_else_serves_it(
+    start_manager: StartManager, tmp_path: Path, beats: bool, end: TaskStatus
+) -> None:
+    elsewhere = make_instance("elsewhere", machine="another", pid=1, birth="1")
+    backend = open_backend(str(tmp_path / "tasks.db"))
+    await backend.open()
+    bench = Bench(backend, "elsewhere", now=utc_now() - timedelta(days=1))
+    bench.beat(1, elsewhere)
+    task_id = await bench.add("unknown here")
+
+    async def live() -> None:
+        while True:
+            await asyncio.to_thread(bench.beat, 1, elsewhere)
+            await asyncio.sleep(0.05)
+
+    async with asyncio.TaskGroup() as group:
+        living = group.create_task(live() if beats else asyncio.sleep(0))
+        manager = await start_manager(impatient, requeue_pending=False)
+        await eventually(lambda: manager.dispatcher.claiming)
+        living.cancel()
+    assert (await manager.store.get(task_id)).status is end
+    await backend.close()
+
+
 async def test_each_start_has_an_identity_of_its_own(start_manager: StartManager) -> None:
     manager = await start_manager(define)
     first = manager.instance_id

@@ -221,6 +221,7 @@ class SqlBackend:
     # -- instances
 
     def beat(self, instance: Instance, beat: Beat) -> None:
+        stamp = to_micros(beat.at)
         row = {
             "instance_id": instance.instance_id,
             "host": instance.host,
@@ -229,14 +230,15 @@ class SqlBackend:
             "birth": instance.birth,
             "version": instance.version,
             "started_at": to_micros(instance.started),
-            "beat_at": to_micros(beat.at),
+            "beat_at": stamp,
             "lease_until": to_micros(beat.lease_until),
             "slots": beat.slots,
             "running": beat.running,
         }
         changing = {name: row[name] for name in ("beat_at", "lease_until", "slots", "running")}
         known, statement = tables.instance.c.beat_at, self.insert(tables.instance).values(row)
-        changing["beat_at"] = sa.case((known == row["beat_at"], known + 1), else_=row["beat_at"])  # another in any case
+        just_before = known.between(stamp, stamp + 999)  # a clock that stands still, say
+        changing["beat_at"] = sa.case((just_before, known + 1), else_=stamp)  # never again the one before
         statement = statement.on_conflict_do_update(index_elements=["instance_id"], set_=changing)
         self._apart(lambda: self._write(statement))
 
