@@ -35,6 +35,7 @@ from app.taskflow.backends.base import (
     Supersede,
 )
 from app.taskflow.backends.sql import MOST_SEARCHES
+from app.taskflow.backends.sqlite import LARGEST_WAL
 from app.taskflow.backends.tables import SCHEMA_VERSION
 from app.taskflow.models import Cursor, EventKind, TaskFilter
 
@@ -454,3 +455,43 @@ async def test_two_databases_in_memory_are_two() -> None:
     assert await all_tasks(two) == []
     await one.close()
     await two.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        ("DROP TABLE taskflow_log", "table taskflow_log"),
+        ("DROP TABLE taskflow_task", "table taskflow_task"),
+        ("ALTER TABLE taskflow_event DROP COLUMN detail", "column taskflow_event.detail"),
+    ],
+)
+async def test_a_schema_with_something_missing_is_refused_and_left_as_it_is(
+    file: Path, change: str, missing: str
+) -> None:
+    backend = open_backend(str(file))
+    await backend.open()
+    await backend.close()
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute(change)
+    with pytest.raises(TaskflowError, match=missing):
+        await backend.open()
+    with closing(sqlite3.connect(file)) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+    assert missing.removeprefix("table ") not in tables
+    await backend.close()
+
+
+async def test_the_write_ahead_log_is_cut_back_once_a_long_reader_has_left(file: Path) -> None:
+    backend = open_backend(str(file))
+    await backend.open()
+    bench, log = Bench(backend), file.with_name(f"{file.name}-wal")
+    long = "x" * 100_000
+    with closing(sqlite3.connect(file, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM taskflow_task").fetchone()
+        while log.stat().st_size < 2 * LARGEST_WAL:
+            await bench.accept(*(make_draft(arguments=long) for _ in range(100)))
+    for _ in range(2):
+        await bench.add(arguments=long)
+    assert log.stat().st_size <= LARGEST_WAL
+    await backend.close()

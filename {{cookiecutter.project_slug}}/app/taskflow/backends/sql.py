@@ -140,14 +140,24 @@ class SqlBackend:
 
     def _migrate(self) -> None:
         with self._write_engine.begin() as connection:
+            if self._is_current(connection):
+                self._check_schema(connection)
+                return
             tables.Row.metadata.create_all(connection)
             version = self._version(connection)
-            if version == tables.SCHEMA_VERSION:
-                return
             for number in range((version or tables.SCHEMA_VERSION) + 1, tables.SCHEMA_VERSION + 1):
                 for step in tables.STEPS[number]:
                     step(connection)
             connection.execute(tables.schema_version.insert().values(version=tables.SCHEMA_VERSION))
+            self._check_schema(connection)
+
+    def _check_schema(self, connection: Connection) -> None:
+        """The number alone does not say that all is there: a table may have been dropped, or a restore have failed."""
+        if missing := tables.missing(connection):
+            raise TaskflowError(
+                f"{self.url.render_as_string()} has schema version {tables.SCHEMA_VERSION}, but not its "
+                f"{', '.join(missing)}: restore it from a backup, or use another database"
+            )
 
     def _version(self, connection: Connection) -> int | None:
         """The number of the schema that is stored. Raises TaskflowError when it is of newer code."""

@@ -39,6 +39,9 @@ TRY_AGAIN = (0.0005, 0.003)
 POSITIONAL = sqlite_dialect(paramstyle="qmark")
 ROW = re.compile(r"\(/\*(\d+)\*/\)")
 """Where the rows of a bulk statement go in its text, and how many cells each has."""
+LARGEST_WAL = 16 * 1024 * 1024
+"""Bytes of the write-ahead log that are kept for reuse. A commit adds every page that it changes, twenty for a task
+that comes alone, and beside a long reader none is taken out: without this the file would stay as large as it was."""
 LONGEST_LIST = 512
 """Rows of one bulk statement."""
 
@@ -154,6 +157,7 @@ def prepare_connection(connection: sqlite3.Connection, _record: object) -> None:
         "journal_mode=WAL",
         "synchronous=FULL",
         "wal_autocheckpoint=4000",
+        f"journal_size_limit={LARGEST_WAL}",
         "temp_store=MEMORY",
         "cache_size=-16000",
     ):

@@ -245,6 +245,18 @@ skips_index = Index("taskflow_skips", event.c.at, **_where("kind = 'tick_skipped
 Step = Callable[[Connection], object]
 
 
+def missing(connection: Connection) -> list[str]:
+    """Tables and columns that should be there."""
+    schema = inspect(connection)
+    found = {name: {column["name"] for column in schema.get_columns(name)} for name in schema.get_table_names()}
+    gone = [f"table {name}" for name in Row.metadata.tables if name not in found]
+    for name, table in Row.metadata.tables.items():
+        gone += [
+            f"column {name}.{column.name}" for column in table.c if name in found and column.name not in found[name]
+        ]
+    return gone
+
+
 def add_column(column: Column[Any]) -> Step:
     """Adds a column that may be null, where the table does not have it yet."""
 
