@@ -12,11 +12,21 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from app.taskflow import TaskAdmin, TaskManager, TaskStatus, task_log
+from app.taskflow import QueueConfig, TaskAdmin, TaskManager, TaskStatus, task_log
 from app.taskflow.backends import open_backend
-from app.taskflow.backends.base import Backend, Cancel, Purge, Requeue
+from app.taskflow.backends.base import (
+    Backend,
+    Cancel,
+    DeclaredSchedule,
+    DeclareQueues,
+    DeclareSchedules,
+    Fire,
+    Firing,
+    Purge,
+    Requeue,
+)
 
-from .helpers import START, Bench, all_tasks, eventually
+from .helpers import START, Bench, all_tasks, eventually, make_draft
 
 pytestmark = pytest.mark.anyio
 
@@ -122,6 +132,45 @@ async def test_a_delayed_row_with_a_time_that_is_none_keeps_no_other_waiting(bac
     damage(file, "UPDATE taskflow_task SET run_at = 'soon' WHERE task_id = ?", broken)
     bench.now = later
     assert [task.task_id for task in await bench.claim()] == [delayed]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        f"UPDATE taskflow_counter SET queue = {BLOB} WHERE name = 'other'",
+        f"UPDATE taskflow_counter SET name = {NO_UTF8} WHERE name = 'other'",
+        "UPDATE taskflow_counter SET n = 'many' WHERE name = 'other'",
+        "UPDATE taskflow_queue SET concurrency = 'many', version = version + 1 WHERE name = 'mail'",
+        f"UPDATE taskflow_queue SET max_size = {BLOB}, paused = 'no', version = version + 1 WHERE name = 'mail'",
+        f"UPDATE taskflow_queue SET name = {BLOB}, reason = {NO_UTF8}, version = version + 1 WHERE name = 'mail'",
+    ],
+)
+async def test_a_broken_count_or_limit_stops_no_turn(backend: Backend, file: Path, change: str) -> None:
+    bench = Bench(backend)
+    await bench.turn(commands=[DeclareQueues({"mail": QueueConfig(concurrency=5)})])
+    await bench.add("other")
+    wanted = await bench.add("job")
+    damage(file, change)
+    assert wanted in [task.task_id for task in await bench.claim()]
+    await bench.add("job")
+    assert len(await backend.queues()) >= 1
+
+
+async def test_a_broken_schedule_keeps_no_other_from_firing(backend: Backend, file: Path) -> None:
+    bench = Bench(backend)
+    declared = [
+        DeclaredSchedule(name, "job", "every 60 s", "UTC", overlap=True, misfire="once", next_tick=START)
+        for name in ("broken", "good")
+    ]
+    answer = await bench.obey(DeclareSchedules(declared))
+    since = answer.marks["good"].last_tick
+    damage(file, "UPDATE taskflow_schedule SET last_tick = 'then', started_at = 'then' WHERE name = 'broken'")
+    until = START.replace(year=2027)
+    firings = [Firing(name, since, until, until, [make_draft()]) for name in ("broken", "good")]
+    fired = await bench.obey(Fire(firings))
+    assert list(fired.marks) == ["good"]
+    assert len(await all_tasks(backend)) == 1
+    assert [state.name for state in await backend.schedules()] == ["broken", "good"]
 
 
 async def test_commands_for_a_broken_row_do_what_they_say(backend: Backend, file: Path) -> None:

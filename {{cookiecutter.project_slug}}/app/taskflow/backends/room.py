@@ -11,6 +11,7 @@ from typing import Any
 
 from ..models import QueueState, TaskStatus
 from .base import Demand
+from .cells import is_sound, stand_in
 from .statements import Cursor, Statements
 
 CLAIM_BATCH = 250
@@ -28,11 +29,17 @@ class QueueBook:
         """`version` is that of the limits which are stored now."""
         if version != self._version:
             rows = statements.queues.run(cursor).fetchall()
-            self.queues = {
-                name: QueueState(name, concurrency, max_size, bool(paused), reason)
-                for name, concurrency, max_size, paused, reason in rows
-            }
+            self.queues = {row[0]: self._state(row) for row in rows if is_sound("name", row[0])}
             self._version = version
+
+    def _state(self, row: Sequence[Any]) -> QueueState:
+        """A limit that cannot be read is none."""
+        names = ("name", "concurrency", "max_size", "paused", "reason")
+        cells: list[Any] = [
+            cell if is_sound(column, cell) else stand_in(column, cell) for column, cell in zip(names, row, strict=True)
+        ]
+        name, concurrency, max_size, paused, reason = cells
+        return QueueState(name, concurrency, max_size, bool(paused), reason)
 
 
 class Levels:

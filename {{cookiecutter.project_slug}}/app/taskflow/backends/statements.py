@@ -208,6 +208,7 @@ def ready_tasks(*conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
 class Statements:
     def __init__(self, database: Dialect) -> None:
         self._database = database
+        self._errors: type[Exception] = database.dialect.loaded_dbapi.Error
         self._listed = task.c.task_id.in_(self._ids())
         named = database.expand("rows", (task.c.task_id,))
         self.rows = sa.select(task).where(task.c.task_id.in_(sa.select(named.c.task_id))).with_for_update()
@@ -229,8 +230,17 @@ class Statements:
         return sa.select(self._database.gather(rows.subquery("gathered")))
 
     def _prepare_gathered(self, rows: sa.Select[Any]) -> Gathered:
-        errors: type[Exception] = self._database.dialect.loaded_dbapi.Error
-        return Gathered(self._prepare(self._gather(rows)), self._prepare(rows), errors)
+        return Gathered(self._prepare(self._gather(rows)), self._prepare(rows), self._errors)
+
+    def look(self, cursor: Cursor) -> tuple[Sequence[Sequence[Any]], int | None, Any]:
+        """How many tasks are ready and running by (queue, name, status), the newest version of queues, when the next
+        delayed task is due: as they are stored."""
+        try:
+            levels, version, first_due = self._look.cells(cursor)
+            return rows_of(levels), version, first_due
+        except (self._errors, ValueError, TypeError):  # as in `Gathered.rows`
+            version, first_due = self._others.cells(cursor)
+            return self._levels.run(cursor).fetchall(), version, first_due
 
     def _ids(self) -> sa.Select[Any]:
         ids = self._database.arriving((task.c.task_id,))
@@ -280,9 +290,9 @@ class Statements:
         levels = sa.select(counter.c.queue, counter.c.name, counter.c.status, counter.c.n).where(live, counter.c.n > 0)
         version = sa.select(sa.func.max(queue.c.version)).scalar_subquery()
         first_due = sa.select(task.c.run_at).where(has_status(DELAYED)).order_by(task.c.run_at).limit(1)
-        self.look = self._prepare(
-            sa.select(self._gather(levels).scalar_subquery(), version, first_due.scalar_subquery())
-        )
+        others = (version, first_due.scalar_subquery())
+        self._look = self._prepare(sa.select(self._gather(levels).scalar_subquery(), *others))
+        self._levels, self._others = self._prepare(levels), self._prepare(sa.select(*others))
         due = (
             sa.select(task.c.task_id)
             .where(has_status(DELAYED), task.c.run_at <= sa.bindparam("at"))

@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection, Row
 
 from ..models import EventKind, from_micros, schedule_subject, to_micros
 from .base import Answer, DeclaredSchedule, Draft, EditSchedule, Firing, Mark
+from .cells import is_sound, unreadable
 from .ledger import Ledger
 from .rows import micros
 from .statements import Cursor, Statements, one_column
@@ -73,7 +74,7 @@ class Timetable:
             self._advance([(item.name, None, None, self._at, item.at_startup.task_id, self._at)])
 
     def _just_started(self, item: DeclaredSchedule, row: Row[Any] | None) -> bool:
-        if row is None or row.started_at is None:
+        if row is None or row.started_at is None or not is_sound("started_at", row.started_at):
             return False
         return bool(0 <= self._at - row.started_at < item.startup_window.total_seconds() * 1_000_000)
 
@@ -136,7 +137,8 @@ class Timetable:
 
     def _marks(self, names: Sequence[str]) -> dict[str, Mark]:
         found = self._sql.marks.rows(self._cursor, rows=one_column(names))
-        return {name: Mark(from_micros(last_tick), bool(paused)) for name, last_tick, paused in found}
+        sound = (row for row in found if not unreadable(("name", "last_tick", "paused"), row))
+        return {name: Mark(from_micros(last_tick), bool(paused)) for name, last_tick, paused in sound}
 
     def _live(self, names: Sequence[str]) -> set[str]:
         """Those of which a task waits or runs."""

@@ -33,7 +33,6 @@ from .statements import (
     Prepared,
     Statements,
     one_column,
-    rows_of,
 )
 from .tables import task
 
@@ -76,7 +75,7 @@ class TurnWriter:
         self._careful = careful
         self._at = to_micros(turn.now)
         levels, self._version, self._first_due = self._look()
-        self._ledger = Ledger(cursor, statements, turn.instance, turn.now, rows_of(levels))
+        self._ledger = Ledger(cursor, statements, turn.instance, turn.now, levels)
         self._commands = Commands(connection, cursor, statements, self._ledger, turn.instance, turn.now)
         self._withdrawn: list[AttemptId] = []
 
@@ -119,9 +118,10 @@ class TurnWriter:
         """After changes to the limits of queues, or to what is delayed."""
         _, self._version, self._first_due = self._look()
 
-    def _look(self) -> tuple[str, int | None, int | None]:
-        levels, version, first_due = self._sql.look.cells(self._cursor)
-        return levels, version, first_due if is_sound("run_at", first_due) else None  # text: only that is delayed
+    def _look(self) -> tuple[Rows, int | None, int | None]:
+        levels, version, first_due = self._sql.look(self._cursor)
+        sound = [row for row in levels if not unreadable(("queue", "name", "status", "n"), row)]
+        return sound, version, first_due if is_sound("run_at", first_due) else None  # text: only that is delayed
 
     def _queues_now(self) -> Mapping[str, QueueState]:
         if not self._book.queues:
