@@ -20,7 +20,7 @@ from fastapi.routing import APIRoute, APIWebSocketRoute, iter_route_contexts
 from starlette.routing import Match
 from starlette.types import Scope
 
-from .errors import TaskflowError
+from .errors import TaskDefinitionError
 from .host import install_error_handlers
 from .manager import TaskManager
 from .web.api import api_router
@@ -114,7 +114,7 @@ class TaskAdmin:
         retention_days: float | None = None,
         environment: str = "development",
     ) -> None:
-        """Raises TaskflowError where a setting cannot be, or is not safe in production."""
+        """Raises TaskDefinitionError where a setting cannot be, or is not safe in production."""
         check_path(path)
         check_positive("token_expiry", token_expiry)
         check_positive("poll_interval", poll_interval)
@@ -165,18 +165,20 @@ def web_router(site: Site, gate: Gate, lifespan: Callable[[Any], Any]) -> APIRou
 
 def check_path(path: str) -> None:
     if not re.fullmatch(r"(/[^/{}?#\s]+)+", path):
-        raise TaskflowError(f"path={path!r}: must start with a slash, not end with one, and hold no braces, ? or #")
+        raise TaskDefinitionError(
+            f"path={path!r}: must start with a slash, not end with one, and hold no braces, ? or #"
+        )
 
 
 def check_positive(setting: str, value: float) -> None:
     if not 0 < value < float("inf"):
-        raise TaskflowError(f"{setting}={value!r}: must be above 0")
+        raise TaskDefinitionError(f"{setting}={value!r}: must be above 0")
 
 
 def check_environment(environment: str, *, logs_in: bool, signs: bool) -> None:
     """Production is closed, and stays so when it is restarted or has several processes."""
     if environment not in ("development", "production"):
-        raise TaskflowError(f"environment={environment!r}: must be 'development' or 'production'")
+        raise TaskDefinitionError(f"environment={environment!r}: must be 'development' or 'production'")
     if environment == "production" and not (logs_in and signs):
         missing = " and ".join(name for name, there in (("auth", logs_in), ("secret_key", signs)) if not there)
-        raise TaskflowError(f"environment='production': the task admin needs {missing}")
+        raise TaskDefinitionError(f"environment='production': the task admin needs {missing}")

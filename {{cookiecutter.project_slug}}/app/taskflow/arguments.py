@@ -20,7 +20,7 @@ from pydantic_core.core_schema import ArgumentsParameter
 
 from . import codec
 from .dependencies import Dependencies, name_of
-from .errors import TaskArgumentError, TaskflowError, text_of
+from .errors import TaskArgumentError, TaskDefinitionError, text_of
 from .objects import Objects, hints_of, reached
 
 MISSING = inspect.Parameter.empty
@@ -28,7 +28,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Arguments:
-    """How one function takes its arguments. Raises TaskflowError where its annotations cannot be checked."""
+    """How one function takes its arguments. Raises TaskDefinitionError where its annotations cannot be checked."""
 
     def __init__(self, name: str, function: Callable[..., Any], dependencies: Dependencies | None = None) -> None:
         self._name = name
@@ -144,7 +144,7 @@ def adapter_of(function: Callable[..., Any], taker: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(taker, config=ConfigDict(arbitrary_types_allowed=True))
     except (PydanticUserError, NameError) as error:
-        raise TaskflowError(f"{name_of(function)}: its annotations cannot be checked ({error})") from error
+        raise TaskDefinitionError(f"{name_of(function)}: its annotations cannot be checked ({error})") from error
 
 
 def arguments_in(schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple, Protocol
 
-from .errors import TaskflowError
+from .errors import TaskDefinitionError
 
 PREFIX = "sealed:2:"
 """How a sealed text starts; stored JSON never does."""
@@ -89,15 +89,15 @@ class AesCipher:
 
 
 def make_cipher(keys: str | bytes | Sequence[str | bytes] | None, since: datetime | None = None) -> Cipher:
-    """What is not sealed is read only of tasks that were added before `since`. Raises TaskflowError, without showing
-    it, for a key that is not 32 bytes in URL-safe base64, and for a time without a zone."""
+    """What is not sealed is read only of tasks that were added before `since`. Raises TaskDefinitionError, without
+    showing it, for a key that is not 32 bytes in URL-safe base64, and for a time without a zone."""
     if since is not None and since.utcoffset() is None:
-        raise TaskflowError(f"encrypted_since={since!r}: needs a time zone")
+        raise TaskDefinitionError(f"encrypted_since={since!r}: needs a time zone")
     if keys is None:
         return PlainText()
     listed = [keys] if isinstance(keys, str | bytes) else list(keys)
     if not listed:
-        raise TaskflowError("encrypt_args_key: an empty list; give one key or more, newest first")
+        raise TaskDefinitionError("encrypt_args_key: an empty list; give one key or more, newest first")
     return AesCipher([raw_key(key) for key in listed], since)
 
 
@@ -107,7 +107,7 @@ def raw_key(key: str | bytes) -> bytes:
     except (binascii.Error, ValueError):
         raw = b""
     if len(raw) != 32:
-        raise TaskflowError(
+        raise TaskDefinitionError(
             "encrypt_args_key: a key must be 32 bytes in URL-safe base64; make one with "
             "`python -c 'from cryptography.fernet import Fernet; print(Fernet.generate_key().decode())'`"
         )

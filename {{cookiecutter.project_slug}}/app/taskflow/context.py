@@ -7,6 +7,7 @@ and return; they work from coroutines and from threads alike, and do nothing out
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Mapping
 from contextvars import Context, ContextVar, copy_context
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .texts import amount, cut, level_name, readable
+
+logger = logging.getLogger("taskflow")
 
 MOST_LINES = 1_000
 """Log lines that one attempt may store; one more says how many it lost."""
@@ -110,7 +113,10 @@ def get_task_context() -> TaskContext | None:
 
 
 def task_log(message: str, *, level: str = "info", **extra: Any) -> None:
-    """Adds a line to the running task's stored log. Outside a task it does nothing."""
-    context = current.get()
+    """Adds a line to the running task's stored log. Outside a task it goes to the `taskflow` logger."""
+    context, name, line = current.get(), level_name(level), readable(message, LONGEST_LINE)
     if context is not None:
-        context.sink.log(context, level_name(level), readable(message, LONGEST_LINE), extra)
+        context.sink.log(context, name, line, extra)
+    else:
+        known = logging.getLevelNamesMapping().get(name.upper(), logging.INFO)
+        logger.log(known, "%s", " ".join([line, *(f"{key}={readable(value)}" for key, value in extra.items())]))

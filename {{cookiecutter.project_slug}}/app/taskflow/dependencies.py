@@ -22,7 +22,7 @@ from fastapi.dependencies.utils import analyze_param, get_dependant, get_typed_s
 from fastapi.exceptions import FastAPIError
 from fastapi.params import Depends
 
-from .errors import TaskflowError
+from .errors import TaskDefinitionError
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ class Injector:
 def dependencies_of(function: Callable[..., Any]) -> Dependencies | None:
     """The function's dependencies; None when it has none.
 
-    Raises TaskflowError when FastAPI cannot resolve them, or one of them, at any depth, needs a request.
+    Raises TaskDefinitionError when FastAPI cannot resolve them, or one of them, at any depth, needs a request.
     """
     try:
         typed = get_typed_signature(function)
@@ -156,7 +156,7 @@ def dependant_of(function: Callable[..., Any], parameters: list[inspect.Paramete
         return get_dependant(path="", call=task)
     except UNRESOLVABLE as error:
         call, parameter = unresolvable_part(task)
-        raise TaskflowError(
+        raise TaskDefinitionError(
             f"{name_of(function)}: parameter {parameter!r} of {name_of(function if call is task else call)} "
             f"cannot be resolved for a task: {error}"
         ) from error
@@ -186,13 +186,13 @@ def refuse_requests(
     dependant: Dependant,
     overrides: Mapping[Callable[..., Any], Callable[..., Any]] = MappingProxyType({}),
 ) -> None:
-    """Raises TaskflowError for what the solver could only fill from a request. An override is held to the same rule."""
+    """Raises TaskDefinitionError for what the solver could only fill from a request, overrides too."""
     for needed in dependant.dependencies:
         assert needed.call is not None
         if needed.call in overrides:
             needed = get_dependant(path="", call=overrides[needed.call])
         for what, parameter in request_parts(needed):
-            raise TaskflowError(
+            raise TaskDefinitionError(
                 f"{name_of(function)}: its dependency {name_of(needed.call)} needs {what} "
                 f"(parameter {parameter!r}), and a task has no request"
             )

@@ -10,14 +10,16 @@ import inspect
 import math
 import signal
 
-from .models import TaskStatus
-
 
 class TaskflowError(Exception):
     """Anything this package refuses; the message says which value broke which rule."""
 
 
-class TaskArgumentError(TaskflowError):
+class TaskDefinitionError(TaskflowError, ValueError):
+    """Something that cannot be as it is written: an option, an executor, a queue, a schedule, a URL, a name."""
+
+
+class TaskArgumentError(TaskflowError, ValueError):
     """An argument that cannot be stored or does not fit its annotation. Answered as 422."""
 
     def __init__(self, func_name: str, parameter: str, value: object, rule: str) -> None:
@@ -26,7 +28,7 @@ class TaskArgumentError(TaskflowError):
         super().__init__(f"{func_name}(): argument {parameter!r}{shown}: {rule}")
 
 
-class QueueFullError(TaskflowError):
+class QueueFullError(TaskflowError, RuntimeError):
     """A queue that already holds as many waiting tasks as it may. Answered as 429."""
 
     def __init__(self, queue: str, limit: int) -> None:
@@ -53,7 +55,7 @@ class QueueNotFound(TaskflowError):
 class TaskStateError(TaskflowError):
     """A command that the task's present status does not allow. Answered as 400."""
 
-    def __init__(self, task_id: str, status: TaskStatus, command: str) -> None:
+    def __init__(self, task_id: str, status: str, command: str) -> None:
         self.task_id, self.status, self.command = task_id, status, command
         super().__init__(f"task {task_id} is {status}: it cannot be {command}")
 
@@ -85,7 +87,7 @@ class BackendUnavailable(TaskflowError):
         super().__init__(f"the task backend is unavailable: {reason}")
 
 
-class BadSchedule(TaskflowError, ValueError):
+class BadSchedule(TaskDefinitionError):
     """A schedule that cannot be: refused where it is written."""
 
     def __init__(self, option: str, value: object, rule: str) -> None:
@@ -104,7 +106,7 @@ class ScheduleNotFound(TaskflowError):
 class TaskFailed(TaskflowError):
     """`result()` of a task that ended in anything but success."""
 
-    def __init__(self, task_id: str, status: TaskStatus, error: str | None) -> None:
+    def __init__(self, task_id: str, status: str, error: str | None) -> None:
         self.task_id, self.status, self.error = task_id, status, error
         super().__init__(f"task {task_id} is {status}" + (f": {error}" if error else ""))
 

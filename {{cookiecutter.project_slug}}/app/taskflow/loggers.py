@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import TaskDefinitionError
 from .models import TaskStatus
 from .observers import MOST_WAITING, InOrder, LifecycleEvent, LogEvent, TaskObserver, rank
 
@@ -84,10 +85,10 @@ class FileLogger(LineLogger):
     ) -> None:
         for option, value in (("max_bytes", max_bytes), ("backup_count", backup_count)):
             if value < 0:
-                raise ValueError(f"{option}={value!r}: must be 0 or more")
+                raise TaskDefinitionError(f"{option}={value!r}: must be 0 or more")
         files = {"rotate": RotatedFile(Path(path), max_bytes, backup_count), "watched": WatchedFile(Path(path))}
         if mode not in files:
-            raise ValueError(f"mode={mode!r}: must be 'rotate' or 'watched'")
+            raise TaskDefinitionError(f"mode={mode!r}: must be 'rotate' or 'watched'")
         self._file = files[mode]
         super().__init__(self._file.write, log_lifecycle=log_lifecycle, min_level=min_level)
 

@@ -201,7 +201,7 @@ class TaskManager:
     ) -> F | Callable[[F], F]:
         """Makes a function a task and returns it unchanged. See `TaskConfig` for what the options mean.
 
-        Raises ValueError or TaskflowError where an option cannot be.
+        Raises TaskDefinitionError where an option cannot be.
         """
         config = task_config(
             name=name,
@@ -246,7 +246,7 @@ class TaskManager:
         own. `overlap=False` skips a tick while one of its tasks waits or runs. `misfire` says what becomes of ticks
         that were missed: "skip", "once" makes up for the newest, "all" for the newest hundred.
 
-        Raises ValueError or TaskflowError where the schedule or an option cannot be, TaskArgumentError where the
+        Raises TaskDefinitionError where the schedule or an option cannot be, TaskArgumentError where the
         arguments do not fit the function.
         """
         trigger = make_trigger(every, cron, timezone)
@@ -401,8 +401,8 @@ class TaskManager:
 
 
 def task_config(**options: Unpack[TaskOptions]) -> TaskConfig:
-    """The settings of a task as its decorator gives them. Raises ValueError where one cannot be."""
-    given: dict[str, Any] = {**options, "tags": dict(options.get("tags") or {})}
+    """The settings of a task as its decorator gives them. Raises TaskDefinitionError where one cannot be."""
+    given: dict[str, Any] = {**options, "tags": options.get("tags") or {}}
     if isinstance(retry_on := options.get("retry_on"), type):
         given["retry_on"] = (retry_on,)
     return TaskConfig(**given)

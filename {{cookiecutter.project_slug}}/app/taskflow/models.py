@@ -14,6 +14,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict, TypeVar
 
+from .errors import TaskDefinitionError
 from .texts import name_text, tag_texts
 
 T = TypeVar("T")
@@ -394,6 +395,9 @@ class ScheduledOnce:
     priority: int | None
     tags: Mapping[str, str]
     created_at: datetime
+    args: tuple[Any, ...] = ()
+    """What its function will get; nothing where the reader did not ask for it."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def schedule_subject(name: str) -> str:
@@ -427,7 +431,7 @@ def _checked(option: str, value: object, rule: Callable[[object], T]) -> T:
     try:
         return rule(value)
     except ValueError as error:
-        raise ValueError(f"{option}={value!r}: {error}") from error
+        raise TaskDefinitionError(f"{option}={value!r}: {error}") from error
 
 
 def _finite(value: object) -> bool:
@@ -436,4 +440,4 @@ def _finite(value: object) -> bool:
 
 def _require(holds: bool, option: str, value: object, rule: str) -> None:
     if not holds:
-        raise ValueError(f"{option}={value!r}: must be {rule}")
+        raise TaskDefinitionError(f"{option}={value!r}: must be {rule}")

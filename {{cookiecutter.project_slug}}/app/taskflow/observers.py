@@ -24,7 +24,7 @@ from time import monotonic
 from typing import Any
 
 from .backends.base import Claimed, Finish, LogLine, Moved, TurnResult
-from .errors import TaskflowError
+from .errors import TaskDefinitionError
 from .loops import Loop, is_cancelled
 from .models import TaskStatus
 
@@ -110,7 +110,7 @@ class TaskObserver:
 
 def checked_level(level: str) -> str:
     if level not in LEVELS:
-        raise ValueError(f"min_level={level!r}: must be one of {', '.join(LEVELS)}")
+        raise TaskDefinitionError(f"min_level={level!r}: must be one of {', '.join(LEVELS)}")
     return level
 
 
@@ -184,7 +184,7 @@ class Channel:
             if (hook := hook_of(observer, name, in_order)) is not None
         }
         if not self._hooks.keys() & {"on_log", "on_lifecycle"}:
-            raise TaskflowError(f"loggers: {observer!r} has neither on_log nor on_lifecycle")
+            raise TaskDefinitionError(f"loggers: {observer!r} has neither on_log nor on_lifecycle")
         self.reads_logs = "on_log" in self._hooks
         self.watches_lifecycle = "on_lifecycle" in self._hooks and getattr(observer, "log_lifecycle", True)
         self.lowest = LEVELS[checked_level(getattr(observer, "min_level", "debug"))]

@@ -13,7 +13,7 @@ from typing import Any
 
 from .arguments import Arguments, Call
 from .dependencies import Dependencies, dependencies_of
-from .errors import TaskflowError, UnknownFunction
+from .errors import TaskDefinitionError, UnknownFunction
 from .models import ExecutorKind, TaskConfig
 
 TaskFunction = Callable[..., Any]
@@ -60,19 +60,19 @@ class TaskRegistry:
         """Registers a function. With `replaces` the function is from now on known by this name and these settings;
         otherwise they are a second name of it.
 
-        Raises TaskflowError when its name is taken or its executor cannot run it.
+        Raises TaskDefinitionError when its name is taken or its executor cannot run it.
         """
         name = config.name or function.__name__
         taken = self._by_name.get(name)
         if taken is not None and not same_function(taken.function, function):
-            raise TaskflowError(
+            raise TaskDefinitionError(
                 f"two task functions are named {name!r}: {where(taken.function)} and {where(function)}; "
                 "give one of them another name with @task_manager.task(name=...)"
             )
         executor = executor_for(function, config)
         dependencies = dependencies_of(function)
         if dependencies is not None and executor == "process":
-            raise TaskflowError(
+            raise TaskDefinitionError(
                 f"{where(function)}: executor='process' cannot run a function with Depends "
                 f"({', '.join(sorted(dependencies.names))}), because what they open does not cross to another process"
             )
@@ -97,13 +97,13 @@ class TaskRegistry:
     def of(self, function: TaskFunction) -> TaskDefinition:
         """The definition of a function; one that was never decorated gets the default settings.
 
-        Raises TaskflowError for a function that could not be found again after a restart.
+        Raises TaskDefinitionError for a function that could not be found again after a restart.
         """
         definition = self._by_function.get(function)
         if definition is not None:
             return definition
         if not inspect.isfunction(function) or "<" in function.__qualname__:
-            raise TaskflowError(
+            raise TaskDefinitionError(
                 f"{function!r} cannot be a task: only a function defined in a module or decorated with "
                 "@task_manager.task is found again after a restart"
             )
@@ -125,11 +125,11 @@ def executor_for(function: TaskFunction, config: TaskConfig) -> ExecutorKind:
     is_async = inspect.iscoroutinefunction(function)
     wanted = config.executor or ("async" if is_async else "thread")
     if is_async and wanted != "async":
-        raise TaskflowError(f"{where(function)} is an async def: executor={wanted!r} cannot run it, leave it out")
+        raise TaskDefinitionError(f"{where(function)} is an async def: executor={wanted!r} cannot run it, leave it out")
     if not is_async and wanted == "async":
-        raise TaskflowError(f"{where(function)} is a plain def: executor='async' would block the event loop")
+        raise TaskDefinitionError(f"{where(function)} is a plain def: executor='async' would block the event loop")
     if wanted == "process" and not (inspect.isfunction(function) and function.__qualname__.isidentifier()):
-        raise TaskflowError(
+        raise TaskDefinitionError(
             f"{where(function)} is not a function at the top level of a module: executor='process' cannot run it, "
             "because a worker process finds it by importing its module"
         )

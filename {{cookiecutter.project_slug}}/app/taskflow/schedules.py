@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from .backends.base import Backend, CancelScheduled, DeclaredSchedule, Draft, EditSchedule, RunSchedule, Supersede
-from .errors import BadSchedule, ScheduleNotFound, TaskflowError, UnknownFunction
+from .errors import BadSchedule, ScheduleNotFound, TaskDefinitionError, TaskflowError, UnknownFunction
 from .journal import Journal
 from .models import EventKind, ScheduledOnce, ScheduleState, TaskConfig
 from .options import AddOptions, checked, moment
@@ -78,7 +78,7 @@ class Schedules:
     def add(self, function: TaskFunction, plan: Plan, config: TaskConfig | None, name: str | None = None) -> Schedule:
         """Makes a function a task, unless it is one and `config` is None, and a schedule of that task's name.
 
-        Raises TaskflowError where the name is taken, TaskArgumentError where the arguments do not fit the function.
+        Raises TaskDefinitionError where the name is taken, TaskArgumentError where the arguments do not fit.
         """
         task = self._registry.known(function)
         if config is None and task is not None:
@@ -86,7 +86,7 @@ class Schedules:
         config = config or TaskConfig(name=name)
         taken = self._by_name.get(config.name or function.__name__)
         if taken is not None and taken.function is function:
-            raise TaskflowError(
+            raise TaskDefinitionError(
                 f"two schedules are named {taken.name!r}; give one of them another name with "
                 "@task_manager.schedule(name=...)"
             )
@@ -214,6 +214,6 @@ class Schedules:
         found: list[ScheduledOnce] = []
         place: tuple[datetime, str] | None = None
         while page := await self.one_offs(before, place):
-            found += page
+            found += await self._store.with_calls(page)
             place = (page[-1].fire_at, page[-1].task_id)
         return found

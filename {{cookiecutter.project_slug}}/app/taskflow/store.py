@@ -42,6 +42,7 @@ from .models import (
     LogEntry,
     QueueConfig,
     QueueState,
+    ScheduledOnce,
     TaskEvent,
     TaskFilter,
     TaskPage,
@@ -65,6 +66,8 @@ RESULT_POLL = 1.0
 """Seconds between looks at a task that may run in another process."""
 MOST_NOTED_IDS = 100
 RETRY_BATCH = 500
+WHOLE = 2**31 - 1
+"""Characters: all there are."""
 MOST_LOGGED = 2_000_000
 """Characters of log lines that are read at a time."""
 PURGE_BATCH = 2_000
@@ -433,7 +436,10 @@ class TaskStore:
     # -- queues
 
     async def queues(self) -> Sequence[QueueState]:
-        return await self._backend.queues()
+        """By name. The default one is always there."""
+        states = {DEFAULT_QUEUE: QueueState(DEFAULT_QUEUE, None, None, False, None)}
+        states |= {state.name: state for state in await self._backend.queues()}
+        return [states[name] for name in sorted(states)]
 
     async def edit_queue(
         self, name: str, changes: Mapping[str, int | None], actor: str | None = None, note: str | None = None
@@ -473,6 +479,20 @@ class TaskStore:
         """The stored call of a record, as plain values. Raises ValueError when it cannot be read, or is encrypted:
         what was sealed is for the task alone."""
         return codec.decode_call(record.arguments or "[[],{}]")
+
+    async def with_calls(self, one_offs: Sequence[ScheduledOnce]) -> list[ScheduledOnce]:
+        """The same one-offs with what their functions will get; with nothing where that cannot be read."""
+        found = await self._backend.arguments([item.task_id for item in one_offs], WHOLE)
+        return [self._with_call(item, found.get(item.task_id)) for item in one_offs]
+
+    def _with_call(self, item: ScheduledOnce, arguments: str | None) -> ScheduledOnce:
+        definition = self._registry.get(item.func_name)
+        try:
+            text = self._cipher.open(arguments or "", Place(item.task_id, item.func_name, "arguments", item.created_at))
+            args, kwargs = codec.decode_call(text) if definition is None else definition.decode(text)
+        except Exception:  # noqa: BLE001 - user code: its classes may refuse what they once were
+            return item
+        return replace(item, args=args, kwargs=kwargs)
 
     def returned(self, record: TaskRecord) -> Any:
         """What the task of a record returned; None while there is nothing. Raises ValueError when it cannot be read."""

@@ -14,9 +14,10 @@ from fastapi.testclient import TestClient
 
 from app.taskflow import ManagedBackgroundTasks, TaskAdmin, TaskManager
 from app.taskflow import manager as manager_module
-from app.taskflow.models import TaskStatus
+from app.taskflow.models import LogEntry, TaskStatus
 from app.taskflow.store import Metrics
 from app.taskflow.web import records
+from app.taskflow.web.records import MOST_SILENT, log_lines
 
 from .web_support import Service, make_manager, service
 
@@ -406,3 +407,14 @@ def wait_until(running: Service, task_id: str, status: str) -> None:
     deadline = datetime.now(UTC) + timedelta(seconds=10)
     while running.client.get(f"/tasks/{task_id}").json()["status"] != status:
         assert datetime.now(UTC) < deadline, f"{task_id} did not become {status}"
+
+
+def test_an_attempt_that_logged_nothing_has_its_separator_too() -> None:
+    def entry(attempt: int, message: str) -> LogEntry:
+        return LogEntry(1, "id", datetime(2026, 1, 1, tzinfo=UTC), "info", attempt, message, {})
+
+    said = log_lines([entry(0, "one"), entry(2, "two")], 4)
+    words = [line.partition("Z ")[2] or line for line in said]
+    assert words == ["one", "--- Retry 1 ---", "--- Retry 2 ---", "two", "--- Retry 3 ---"]
+    assert log_lines([], 1) == []
+    assert len(log_lines([], 1_000_000)) == MOST_SILENT

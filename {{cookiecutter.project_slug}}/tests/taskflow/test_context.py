@@ -459,3 +459,16 @@ async def test_outside_a_task_there_is_no_context_and_words_go_nowhere(start_man
     await manager.result(await manager.enqueue(task(manager, "look")), PATIENCE)
     assert get_task_context() is None
     assert await asyncio.to_thread(get_task_context) is None
+
+
+def test_a_line_outside_a_task_goes_to_the_logger_at_its_level(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", logger="taskflow"):
+        task_log("50% done")
+        task_log("careful", level="warning", left=3)
+        task_log("odd", level="shout")
+    said = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert said == [
+        ("taskflow", "INFO", "50% done"),
+        ("taskflow", "WARNING", "careful left=3"),
+        ("taskflow", "INFO", "odd"),
+    ]

@@ -9,9 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "app" / "taskflow"
 ORDER = [
     "texts",
+    "errors",
     "models",
     "clock",
-    "errors",
     "options",
     "codec",
     "objects",

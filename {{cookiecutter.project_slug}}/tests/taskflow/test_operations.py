@@ -242,7 +242,7 @@ def test_queues_show_their_limits_and_numbers(running: Service) -> None:
         "finished": 1,
         "rejected": 0,
     }
-    assert [state["name"] for state in answer(running.client.get("/tasks/queues"))] == ["billing", "sums"]
+    assert [state["name"] for state in answer(running.client.get("/tasks/queues"))] == ["billing", "default", "sums"]
 
 
 def test_an_edit_changes_what_is_named_and_null_is_unlimited(running: Service) -> None:
@@ -371,7 +371,7 @@ def test_a_queue_may_have_any_name() -> None:
             assert answer(running.client.patch(address, json={"concurrency": 1}))["name"] == name
             assert answer(running.client.post(f"{address}/pause"))["name"] == name
             assert answer(running.client.post(f"{address}/resume"))["name"] == name
-        assert {state["name"] for state in answer(running.client.get("/tasks/queues"))} == set(ODD_NAMES)
+        assert {state["name"] for state in answer(running.client.get("/tasks/queues"))} == {*ODD_NAMES, "default"}
 
 
 @pytest.mark.parametrize("name", ["nobody", "%00", "x" * 5_000, "a%2Fb", "%ED%A0%80", "", "sums%20", "SUMS"])

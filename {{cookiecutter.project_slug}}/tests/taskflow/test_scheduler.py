@@ -724,6 +724,7 @@ async def test_a_one_off_runs_at_its_time_with_its_arguments_and_not_before(star
     (waiting,) = await manager.list_scheduled()
     assert (waiting.run_key, waiting.task_id, waiting.func_name) == ("order/7", task_id, "remind")
     assert (waiting.fire_at, waiting.priority, waiting.tags) == (run_at, 3, {"a": "b"})
+    assert (waiting.args, waiting.kwargs) == (("ann",), {})
     await advance(manager, HOUR - 0.001)
     assert (await manager.store.get(task_id)).status is TaskStatus.PENDING
     await advance(manager, 0.001)

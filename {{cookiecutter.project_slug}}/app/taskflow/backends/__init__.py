@@ -5,10 +5,12 @@ Each implementation is imported only when its scheme is asked for, so that only 
 
 from __future__ import annotations
 
+import os
+
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from ..errors import TaskflowError
+from ..errors import TaskDefinitionError
 from .base import Backend
 
 SCHEMES = ("sqlite",)
@@ -17,7 +19,7 @@ SCHEMES = ("sqlite",)
 def open_backend(location: str | None) -> Backend:
     """The backend of a URL or of an SQLite file's path; None is a database in memory. Connects later, in `open()`.
 
-    Raises TaskflowError naming the URL when its scheme is not one of SCHEMES.
+    Raises TaskDefinitionError naming the URL when its scheme is not one of SCHEMES.
     """
     url = parse_location(location)
     match url.get_backend_name():
@@ -26,18 +28,45 @@ def open_backend(location: str | None) -> Backend:
 
             return SqliteBackend(url)
         case scheme:
-            raise TaskflowError(f"{url.render_as_string()}: no backend for {scheme!r}, only for {', '.join(SCHEMES)}")
+            raise TaskDefinitionError(
+                f"{url.render_as_string()}: no backend for {scheme!r}, only for {', '.join(SCHEMES)}"
+            )
 
 
 def parse_location(location: str | None) -> URL:
     if location is None:
         return URL.create("sqlite")
+    if not isinstance(location, str | os.PathLike):
+        raise TaskDefinitionError(f"{location!r}: must be a file path or a URL such as sqlite:///tasks.db")
+    location = os.fspath(location)
     if "://" not in location:
+        refuse_scheme_of_path(location)
         return URL.create("sqlite", database=location)
     try:
-        return make_url(location)
-    except ArgumentError as error:
-        raise TaskflowError(f"{location!r}: not a database URL ({error})") from error
+        url = make_url(location)
+    except (ArgumentError, ValueError) as error:
+        raise TaskDefinitionError(f"{location!r}: not a database URL ({error})") from error
+    scheme, plus, _ = url.drivername.partition("+")
+    if plus:
+        plain = url.set(drivername=scheme).render_as_string()
+        raise TaskDefinitionError(f"{url.render_as_string()}: the driver is chosen for you, write {plain}")
+    if scheme == "sqlite":
+        refuse_host_of_file(url)
+    return url
+
+
+def refuse_scheme_of_path(location: str) -> None:
+    """`sqlite:tasks.db` would be a file of that name."""
+    scheme, colon, rest = location.partition(":")
+    if colon and scheme in SCHEMES:
+        raise TaskDefinitionError(f"{location!r}: write {scheme}:///{rest.lstrip('/')}")
+
+
+def refuse_host_of_file(url: URL) -> None:
+    """`sqlite://tasks.db` names a host, and no file."""
+    if url.host or url.port or url.username or url.password:
+        path = "/".join(part for part in (url.host, url.database) if part)
+        raise TaskDefinitionError(f"{url.render_as_string()}: a file has no host, write sqlite:///{path}")
 
 
 __all__ = ["Backend", "open_backend", "parse_location"]

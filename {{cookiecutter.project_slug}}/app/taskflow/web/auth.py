@@ -28,7 +28,7 @@ from fastapi import HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 
-from ..errors import TaskflowError
+from ..errors import TaskDefinitionError
 from .visits import Visits
 
 COOKIE = "taskflow_token"
@@ -74,13 +74,13 @@ def digest(text: str) -> bytes:
 
 
 def auth_backend(auth: Auth | None) -> TaskAuthBackend | None:
-    """Raises TaskflowError for what is neither a pair, nor a list of pairs, nor a backend."""
+    """Raises TaskDefinitionError for what is neither a pair, nor a list of pairs, nor a backend."""
     if auth is None or (isinstance(auth, TaskAuthBackend) and not isinstance(auth, type)):
         return auth
     pairs = [auth] if is_pair(auth) else auth
     if isinstance(pairs, list | tuple) and pairs and all(is_pair(pair) for pair in pairs):
         return FixedCredentials(pairs)  # type: ignore[arg-type]
-    raise TaskflowError("auth: expected (username, password), a list of such pairs, or a TaskAuthBackend")
+    raise TaskDefinitionError("auth: expected (username, password), a list of such pairs, or a TaskAuthBackend")
 
 
 def is_pair(value: object) -> bool:

@@ -37,6 +37,8 @@ LONGEST_SHOWN = 1_000_000
 UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
 """What reading a stored value may raise when its text was damaged, or was written under another key."""
 
+MOST_SILENT = 1_000
+"""Attempts without a log line that are announced in a record's log."""
 ACTIONS: Mapping[str, str] = {
     EventKind.REQUEUED: "retry",
     EventKind.COPIED: "retry",
@@ -149,19 +151,24 @@ def task_row(store: TaskStore, task: TaskRecord, *, listed: bool = True) -> dict
 
 
 def task_record(store: TaskStore, task: TaskRecord, logs: Iterable[LogEntry]) -> dict[str, Any]:
-    return task_row(store, task, listed=False) | {"logs": log_lines(logs), "stacktrace": task.stacktrace}
+    lines = log_lines(logs, task.attempt)
+    return task_row(store, task, listed=False) | {"logs": lines, "stacktrace": task.stacktrace}
 
 
-def log_lines(logs: Iterable[LogEntry]) -> list[str]:
-    """Log entries as lines of text; each attempt after the first is announced by its number."""
+def log_lines(logs: Iterable[LogEntry], started: int) -> list[str]:
+    """Log entries as lines of text. Each attempt after the first is announced by its number; of more attempts than
+    MOST_SILENT the early ones only where they have something to say."""
     lines: list[str] = []
-    attempt = 0
+    attempt, first = 0, started - MOST_SILENT
     for entry in logs:
-        if entry.attempt != attempt:
-            attempt = entry.attempt
-            lines.append(f"--- Retry {attempt} ---")
+        lines += announcements(attempt, entry.attempt, first)
         lines.append(f"{entry.time:%Y-%m-%dT%H:%M:%SZ} {entry.message}")
-    return lines
+        attempt = max(attempt, entry.attempt)
+    return lines + announcements(attempt, started - 1, first)
+
+
+def announcements(after: int, upto: int, first: int) -> list[str]:
+    return [f"--- Retry {number} ---" for number in range(max(after + 1, min(first, upto)), upto + 1)]
 
 
 def event_row(event: TaskEvent) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""What is wrong where it is written is refused there, by one error; and what is right is what was meant."""
+
+from collections.abc import Callable
+
+import pytest
+from fastapi import FastAPI
+
+from app.taskflow import (
+    FileLogger,
+    QueueConfig,
+    QueueFullError,
+    StdoutLogger,
+    TaskAdmin,
+    TaskArgumentError,
+    TaskConfig,
+    TaskDefinitionError,
+    TaskflowError,
+    TaskManager,
+)
+
+
+def job() -> None: ...
+
+
+async def coroutine() -> None: ...
+
+
+def needs_a_class_nobody_knows(value: "Nobody") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+
+@pytest.fixture
+def manager() -> TaskManager:
+    return TaskManager()
+
+
+WRONG: dict[str, Callable[[TaskManager], object]] = {
+    "retries": lambda manager: manager.task(retries=-1),
+    "name": lambda manager: manager.task(name=5),  # type: ignore[call-overload]
+    "tags": lambda manager: manager.task(tags=5),  # type: ignore[call-overload]
+    "executor": lambda manager: manager.task(executor="fiber"),  # type: ignore[call-overload]
+    "executor of a coroutine": lambda manager: manager.task(executor="thread")(coroutine),
+    "executor of a local function": lambda manager: manager.task(executor="process")(lambda: None),
+    "annotations": lambda manager: manager.task(needs_a_class_nobody_knows),
+    "every and cron": lambda manager: manager.schedule(every=5, cron="* * * * *"),
+    "timezone": lambda manager: manager.schedule(cron="* * * * *", timezone="Nowhere/At_All"),
+    "misfire": lambda manager: manager.schedule(every=5, misfire="never"),  # type: ignore[arg-type]
+    "config": lambda _: TaskConfig(timeout=0),
+    "queue": lambda _: QueueConfig(concurrency=0),
+    "url": lambda _: TaskManager(snapshot_db="mongodb://here/db"),
+    "no url": lambda _: TaskManager(snapshot_db="sqlite://["),
+    "key": lambda _: TaskManager(encrypt_args_key="short"),
+    "observer": lambda _: TaskManager(loggers=[object()]),
+    "log level": lambda _: StdoutLogger(min_level="loud"),
+    "log file": lambda _: FileLogger("tasks.log", mode="often"),
+    "path": lambda manager: TaskAdmin(FastAPI(), manager, path="tasks"),
+    "auth": lambda manager: TaskAdmin(FastAPI(), manager, auth=("only one",)),  # type: ignore[arg-type]
+    "production": lambda manager: TaskAdmin(FastAPI(), manager, environment="production"),
+    "expiry": lambda manager: TaskAdmin(FastAPI(), manager, token_expiry=0),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_where_it_is_written_is_one_error(manager: TaskManager, what: str) -> None:
+    with pytest.raises(TaskDefinitionError):
+        WRONG[what](manager)
+
+
+def test_errors_are_what_python_would_have_raised_too() -> None:
+    assert issubclass(TaskDefinitionError, TaskflowError)
+    assert issubclass(TaskDefinitionError, ValueError)
+    assert issubclass(TaskArgumentError, ValueError)
+    assert issubclass(QueueFullError, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("url", "instead"),
+    [
+        ("sqlite+aiosqlite:///tasks.db", "sqlite:///tasks.db"),
+        ("sqlite+pysqlite:////var/tasks.db", "sqlite:////var/tasks.db"),
+        ("sqlite://tasks.db", "sqlite:///tasks.db"),
+        ("sqlite://data/tasks.db", "sqlite:///data/tasks.db"),
+        ("sqlite:tasks.db", "sqlite:///tasks.db"),
+        ("sqlite:/tasks.db", "sqlite:///tasks.db"),
+    ],
+)
+def test_a_near_miss_of_a_url_is_told_what_to_write(url: str, instead: str) -> None:
+    with pytest.raises(TaskDefinitionError, match=f"write {instead}$"):
+        TaskManager(snapshot_db=url)
