@@ -133,11 +133,18 @@ def taker_of(function: Callable[..., Any], dependencies: Dependencies | None) ->
     def arguments(*args: Any, **kwargs: Any) -> Call:
         return args, kwargs
 
-    hints = getattr(function, "__annotations__", {})
+    hints = hinted(function).__annotations__
     arguments.__annotations__ = {name: hint for name, hint in hints.items() if name not in {"return", *injected}}
     if dependencies is not None:
         arguments.__signature__ = dependencies.arguments  # type: ignore[attr-defined]
     return arguments
+
+
+def hinted(function: Any) -> Any:
+    """What the annotations of a callable of any kind stand on."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if hasattr(function, "__annotations__") else function.__call__
 
 
 def adapter_of(function: Callable[..., Any], taker: Any) -> TypeAdapter[Any]:

@@ -69,6 +69,11 @@ class ManagedBackgroundTasks(BackgroundTasks):
         if self._drafts is None:
             raise TaskflowError("add_task() after the response has started: use `await task_manager.enqueue(...)`")
         options = AddOptions(idempotency_key, tags, priority, queue, delay_seconds, run_at, self._traceparent)
+        if theirs := self._store.parameters_named_as_options(func):
+            said = {**options._asdict(), "eager": eager}
+            kwargs |= {name: said[name] for name in theirs if said[name] is not None}
+            options = options._replace(**dict.fromkeys({*theirs} - {"eager"}))
+            eager = None if "eager" in theirs else eager
         draft = self._store.draft(func, args, kwargs, options)
         if (refusal := self._store.refusal(draft, self._drafts)) is not None:
             self._keep(draft._replace(rejected_by=refusal.limit), self._drafts)
@@ -114,7 +119,9 @@ class ManagedBackgroundTasks(BackgroundTasks):
                 await self.settled()
             if drafts:
                 await self._store.accept(drafts)
-        elif refused := [draft for draft in drafts if draft.rejected_by is not None]:
+            return
+        self._store.forget(drafts)
+        if refused := [draft for draft in drafts if draft.rejected_by is not None]:
             with contextlib.suppress(BackendUnavailable):  # the route's own error is the one to tell
                 await self._store.accept(refused)
 

@@ -85,10 +85,14 @@ class CarriedContexts:
 
     def __init__(self, most: int = 10_000) -> None:
         self._most = most
+        self.used = True
+        """False in a process that runs no tasks."""
         self._contexts: dict[str, Context] = {}
         self._lock = threading.Lock()
 
     def keep(self, task_id: str) -> None:
+        if not self.used:
+            return
         with self._lock:  # plain routes add tasks from many threads
             if len(self._contexts) >= self._most:
                 self._contexts.pop(next(iter(self._contexts)))

@@ -22,6 +22,7 @@ from .context import CarriedContexts
 from .executors import Executor, ThreadExecutor
 from .journal import Journal
 from .loops import until
+from .models import TaskConfig
 from .registry import TaskDefinition, TaskRegistry
 from .runner import Attempt, Interrupted, Runner, stopped
 from .threads import Job
@@ -98,7 +99,10 @@ class Dispatcher:
         for attempt_id in result.stopping:
             self.cancel(attempt_id)
         for task in result.claimed:
-            self._begin(task) if self._claiming else self._give_back(task)
+            can_begin = self._claiming or self._registry.is_here(task.task_id)
+            self._begin(task) if can_begin else self._give_back(task)
+        if result.unknown and self._registry.find(result.unknown):
+            self._journal.wake()
 
     # -- running
 
@@ -154,7 +158,7 @@ class Dispatcher:
         return [running for running in self._running.values() if running.cancel is not None]
 
     def _begin(self, task: Claimed) -> None:
-        definition = self._registry.get(task.name)
+        definition = self._registry.for_task(task.task_id, task.name)
         kind = task.executor if definition is None else definition.executor
         running = Running(self._runner.attempt(task), kind)
         self._running[task.attempt_id] = running
@@ -174,10 +178,21 @@ class Dispatcher:
         task = running.attempt.task
         context, loop = self._carried.of(task.task_id), asyncio.get_running_loop()
         executor = self._executors.get(running.kind)
-        if definition is not None and definition.needs_only_a_thread and isinstance(executor, ThreadExecutor):
+        if (due := self._registry.due(task.task_id)) > monotonic():
+            running.cancel = loop.create_task(self._work_later(running, due), context=context).cancel
+        elif definition is not None and definition.needs_only_a_thread and isinstance(executor, ThreadExecutor):
             self._hand_over(running, definition, executor, context, loop)
         else:
             running.cancel = loop.create_task(self._work(running), name=task.task_id, context=context).cancel
+
+    async def _work_later(self, running: Running, due: float) -> None:
+        try:
+            await asyncio.sleep(due - monotonic())
+        except asyncio.CancelledError:
+            outcome = stopped(running.attempt) or Interrupted()
+            self._ended(running, self._runner.ended(running.attempt, TaskConfig(), outcome))
+        else:
+            await self._work(running)
 
     async def _work(self, running: Running) -> None:
         self._ended(running, await self._runner.run(running.attempt))
@@ -200,7 +215,7 @@ class Dispatcher:
             executor.abandon(job)
             self._ended(running, self._runner.ended(attempt, definition.config, stopped(attempt) or Interrupted()))
 
-        job = executor.submit(partial(self._runner.run_here, attempt, definition), context, deliver, loop)
+        job = executor.submit(partial(self._runner.run_here, attempt, definition, loop), context, deliver, loop)
         running.cancel = give_up
 
     def _ended(self, running: Running, finish: Finish) -> None:
@@ -210,6 +225,7 @@ class Dispatcher:
     def _release(self, finish: Finish, *, lost: bool) -> None:
         if finish.status.terminal and not lost:  # what is lost to another attempt may be one of this process
             self._carried.forget(finish.task.task_id)
+        self._registry.forget(finish.task.task_id)
         running = self._running.pop(finish.task.attempt_id, None)
         if running is not None:
             self._used[running.kind] -= 1

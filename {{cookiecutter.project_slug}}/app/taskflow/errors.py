@@ -9,6 +9,13 @@ from __future__ import annotations
 import inspect
 import math
 import signal
+import traceback
+from types import TracebackType
+
+from .texts import HERE_ONLY, cut
+
+LONGEST_PART = 4_000
+"""Characters of one message in a traceback."""
 
 
 class TaskflowError(Exception):
@@ -65,7 +72,10 @@ class UnknownFunction(TaskflowError):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        super().__init__(f"no task function is registered as {name!r} in this process")
+        if name.endswith(HERE_ONLY):
+            super().__init__(f"{name}: only the process that accepted it could run it; decorate a function instead")
+        else:
+            super().__init__(f"no task function is registered as {name!r} in this process")
 
 
 class UnreadableCall(TaskflowError):
@@ -166,6 +176,12 @@ def text_of(value: object) -> str:
         return str.__str__(str(value)) or type(value).__name__
     except BaseException:  # noqa: BLE001 - user code: __str__
         return type.__dict__["__name__"].__get__(type(value))  # type: ignore[no-any-return]
+
+
+def trace_text(error: BaseException, frames: TracebackType | None) -> str:
+    """As Python prints it, but that long messages are cut: the frames above them say more."""
+    parts = traceback.format_exception(type(error), error, frames)
+    return "".join(part if len(part) <= LONGEST_PART else cut(part, LONGEST_PART) + "\n" for part in parts)
 
 
 def _ending(exit_code: int | None) -> str:

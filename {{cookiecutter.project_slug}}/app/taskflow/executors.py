@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -76,7 +77,7 @@ class AsyncExecutor:
     def start(self) -> None: ...
 
     async def run(self, call: Call) -> Any:
-        return await call.bound()()
+        return await awaited(call.bound()())
 
     def close(self) -> None: ...
 
@@ -99,10 +100,11 @@ class ThreadExecutor:
         done: asyncio.Future[Any] = loop.create_future()
         job = self.submit(call.bound(), contextvars.copy_context(), partial(settle, done), loop)
         try:
-            return await done
+            value = await done
         except asyncio.CancelledError:
             self.abandon(job)
             raise
+        return await awaited(value)
 
     def submit(
         self,
@@ -127,6 +129,30 @@ class ThreadExecutor:
             self._crew = None
 
     async def wait_closed(self, deadline: float) -> None: ...
+
+
+async def awaited(value: Any) -> Any:
+    """What a call gave in the end. Some functions return a coroutine although nothing about them says so."""
+    while inspect.isawaitable(value):
+        value = await value
+    return consumed(value)
+
+
+def awaited_on(loop: asyncio.AbstractEventLoop, value: Any) -> Any:
+    """The same from a thread: the event loop runs what the function returned, and the thread waits."""
+    context = contextvars.copy_context()
+
+    async def within() -> Any:
+        return await loop.create_task(awaited(value), context=context)
+
+    return asyncio.run_coroutine_threadsafe(within(), loop).result()
+
+
+def consumed(value: Any) -> Any:
+    """The value. Raises TypeError for a generator: nothing of it has run, and nobody would."""
+    if inspect.isgenerator(value) or inspect.isasyncgen(value):
+        raise TypeError("the task returned a generator: nothing of it has run")
+    return value
 
 
 def settle(done: asyncio.Future[Any], job: Job) -> None:

@@ -105,7 +105,7 @@ class TaskManager:
         }
         self.journal = Journal(self.backend, clock=clock)
         cipher = make_cipher(encrypt_args_key, encrypted_since)
-        carried = CarriedContexts()
+        self.carried = carried = CarriedContexts()
         self.queues = declared_queues(queues, max_size)
         self.injector = Injector()
         self.runner = Runner(self.registry, executors, self.journal, clock, cipher, self.injector)
@@ -281,7 +281,7 @@ class TaskManager:
         Raises TaskArgumentError, QueueFullError or BackendUnavailable; then nothing will run.
         """
         options = AddOptions(idempotency_key, tags, priority, queue, delay_seconds, run_at)
-        draft = self.store.draft(func, args, kwargs, options)
+        draft = self.store.draft(func, args, kwargs, options, durable=session is not None)
         if session is None:
             await self.store.accept([draft])
         else:
@@ -361,6 +361,7 @@ class TaskManager:
             retention_days=self.retention_days,
             lease_seconds=self.lease_seconds,
         )
+        self.carried.used = self.runs_tasks
         self.observers.start()
         self.journal.start(self.instance_id)
         self._housekeeping.start()

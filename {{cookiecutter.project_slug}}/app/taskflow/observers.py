@@ -175,7 +175,7 @@ class Channel:
     """One observer with its queue and its loop."""
 
     def __init__(self, observer: object) -> None:
-        """Raises TaskflowError for an object that observes nothing, ValueError for a level that does not exist."""
+        """Raises TaskDefinitionError for an object that observes nothing, and for a level that does not exist."""
         self.name = type(observer).__name__
         in_order = InOrder()
         self._hooks = {

@@ -7,9 +7,11 @@ that stops every process of the service asks the parent, who waits for running t
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import ctypes
 import importlib
+import inspect
 import io
 import multiprocessing
 import os
@@ -17,7 +19,6 @@ import pickle
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -26,8 +27,8 @@ from typing import Any, NamedTuple
 
 from . import codec
 from .context import TaskContext, current
-from .errors import TaskflowError, UnknownFunction, signal_of, text_of
-from .executors import Call
+from .errors import TaskflowError, UnknownFunction, signal_of, text_of, trace_text
+from .executors import Call, awaited, consumed
 from .models import TaskConfig
 from .registry import TaskDefinition, TaskRegistry
 from .texts import fields_text
@@ -102,7 +103,9 @@ def answer(request: Request, pipe: Connection, registry: TaskRegistry) -> Return
     try:
         function = Call(definition_of(request, registry), request.arguments, context).bound()
         pipe.send(Began())
-        return Returned(stored(function(), context))
+        value = function()
+        value = asyncio.run(awaited(value)) if inspect.isawaitable(value) else consumed(value)
+        return Returned(stored(value, context))
     except BaseException as error:  # noqa: BLE001 - user code: SystemExit is that task's failure
         return raised(error)
     finally:
@@ -174,7 +177,7 @@ def trace_of(error: BaseException) -> str:
         frames = error.__traceback__
         while frames is not None and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
             frames = frames.tb_next
-        return "".join(traceback.format_exception(type(error), error, frames))[-LONGEST_TRACE:]
+        return trace_text(error, frames)[-LONGEST_TRACE:]
     except BaseException as broken:  # noqa: BLE001 - user code: an error class whose own attributes raise
         return f"the traceback cannot be shown: {type(broken).__name__}\n"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -22,8 +22,8 @@ from .backends.base import Claimed, Finish
 from .cipher import Cipher, Place, PlainText
 from .context import BoundedWords, TaskContext, TaskSink, current
 from .dependencies import Injector
-from .errors import CancelTask, RetryLater, UnreadableCall, signal_of, text_of
-from .executors import Call, Executor, carried, is_a
+from .errors import CancelTask, RetryLater, UnreadableCall, signal_of, text_of, trace_text
+from .executors import Call, Executor, awaited_on, carried, consumed, is_a
 from .models import EventKind, TaskConfig, TaskStatus
 from .registry import TaskDefinition, TaskRegistry
 from .retry import LONGEST_DELAY, seconds_until_retry
@@ -111,24 +111,27 @@ class Runner:
         """Runs the attempt to its end and says what to write. Raises nothing."""
         task = attempt.task
         try:
-            definition = self._registry.named(task.name)
+            definition = self._registry.for_task(task.task_id, task.name) or self._registry.named(task.name)
             with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
                 outcome = await self._outcome(attempt, definition)
             return self.ended(attempt, definition.config, outcome)
         except BaseException as error:  # noqa: BLE001 - the net under user code: its objects may raise wherever we look
             return self.broken(attempt, error)
 
-    def run_here(self, attempt: Attempt, definition: TaskDefinition) -> Finish:
+    def run_here(self, attempt: Attempt, definition: TaskDefinition, loop: asyncio.AbstractEventLoop) -> Finish:
         """The same on the calling thread, for a function that `needs_only_a_thread`; what it raises is for `broken`."""
         task = attempt.task
         with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
-            outcome = self._outcome_here(attempt, definition)
+            outcome = self._outcome_here(attempt, definition, loop)
         return self.ended(attempt, definition.config, outcome)
 
     def ended(self, attempt: Attempt, config: TaskConfig, outcome: Outcome) -> Finish:
         """What to write of an attempt that came to this."""
         attempt.words.close(attempt.context)
         finish = decide(attempt.task, config, outcome, self._clock())
+        if finish.run_at is not None and self._registry.is_here(finish.task.task_id):
+            never = RuntimeError("only this process could run it again: decorate a function with @task_manager.task")
+            finish = failed(attempt.task, never, None, finish.at)
         return finish if self.retries_wait or finish.run_at is None else finish._replace(run_at=finish.at)
 
     def broken(self, attempt: Attempt, error: BaseException) -> Finish:
@@ -143,10 +146,11 @@ class Runner:
         now = self._clock()
         return Finish(attempt.task, EventKind.RETURNED, TaskStatus.PENDING, now, run_at=now, excused=True)
 
-    def _outcome_here(self, attempt: Attempt, definition: TaskDefinition) -> Outcome:
+    def _outcome_here(self, attempt: Attempt, definition: TaskDefinition, loop: asyncio.AbstractEventLoop) -> Outcome:
         current.set(attempt.context)
         try:
             value = Call(definition, self._arguments(attempt.task), attempt.context).bound()()
+            value = awaited_on(loop, value) if inspect.isawaitable(value) else consumed(value)
         except BaseException as error:  # noqa: BLE001 - user code
             return outcome_of(carried(error), attempt)
         finally:
@@ -283,7 +287,7 @@ def stack_of(error: BaseException) -> str:
     """The traceback from the task's function on. How the task system got there tells its reader nothing, and takes as
     long to format as the rest."""
     try:
-        return "".join(traceback.format_exception(type(error), error, without_ours(error.__traceback__)))
+        return trace_text(error, without_ours(error.__traceback__))
     except BaseException as broken:  # noqa: BLE001 - user code: an error class whose own attributes raise
         return f"the traceback cannot be shown: {type(broken).__name__}\n"
 

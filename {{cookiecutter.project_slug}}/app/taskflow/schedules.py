@@ -17,7 +17,7 @@ from .errors import BadSchedule, ScheduleNotFound, TaskDefinitionError, Taskflow
 from .journal import Journal
 from .models import EventKind, ScheduledOnce, ScheduleState, TaskConfig
 from .options import AddOptions, checked, moment
-from .registry import TaskFunction, TaskRegistry
+from .registry import TaskFunction, TaskRegistry, name_of, plain
 from .store import TaskStore
 from .texts import key_text, readable
 from .ticks import Misfire, Trigger
@@ -80,17 +80,18 @@ class Schedules:
 
         Raises TaskDefinitionError where the name is taken, TaskArgumentError where the arguments do not fit.
         """
+        function = plain(function)
         task = self._registry.known(function)
         if config is None and task is not None:
             config = replace(task.config, name=name or task.name)
         config = config or TaskConfig(name=name)
-        taken = self._by_name.get(config.name or function.__name__)
+        taken = self._by_name.get(config.name or name_of(function))
         if taken is not None and taken.function is function:
             raise TaskDefinitionError(
                 f"two schedules are named {taken.name!r}; give one of them another name with "
                 "@task_manager.schedule(name=...)"
             )
-        replaces = task is None or task.name == (config.name or function.__name__)
+        replaces = task is None or task.name == (config.name or name_of(function))
         definition = self._registry.add(function, config, replaces=replaces)
         arguments = definition.encode(tuple(plan.args), plan.kwargs or {})
         schedule = Schedule(definition.name, function, plan, arguments)
@@ -188,7 +189,7 @@ class Schedules:
         """
         name = self._registry.of(function).name
         run_at, run_key = checked(name, "run_at", options.run_at, moment), checked(name, "run_key", run_key, key_text)
-        draft = self._store.draft(function, args, kwargs, options._replace(run_at=run_at))
+        draft = self._store.draft(function, args, kwargs, options._replace(run_at=run_at), durable=True)
         draft = draft._replace(source="scheduled", run_key=run_key)
         await self._journal.obey(Supersede(draft), [draft])
         return draft.task_id

@@ -8,11 +8,13 @@ result.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import accumulate
+from time import monotonic
 from typing import Any, Literal
 from uuid import UUID, uuid5
 
@@ -23,8 +25,11 @@ from .backends.base import Backend, Cancel, Draft, EditQueue, Finish, Note, Purg
 from .cipher import Cipher, Place, PlainText
 from .context import CarriedContexts
 from .errors import (
+    BackendUnavailable,
     QueueFullError,
     QueueNotFound,
+    TaskArgumentError,
+    TaskDefinitionError,
     TaskFailed,
     TaskNotFound,
     TaskStateError,
@@ -51,7 +56,7 @@ from .models import (
     to_micros,
 )
 from .options import NO_OPTIONS, AddOptions, key_of, priority_of, queue_of, start_of, tags_of
-from .registry import TaskDefinition, TaskFunction, TaskRegistry
+from .registry import ADD_TASK_OPTIONS, TaskDefinition, TaskFunction, TaskRegistry, arguments_by_name, held
 from .texts import key_text, readable
 from .tracing import current_traceparent
 
@@ -72,6 +77,7 @@ MOST_LOGGED = 2_000_000
 """Characters of log lines that are read at a time."""
 PURGE_BATCH = 2_000
 """Rows of every kind."""
+MOST_WARNED = 1_000
 MOST_UNKNOWN_QUEUES = 100
 """Names of undeclared queues that are remembered, each warned about once."""
 
@@ -117,6 +123,7 @@ class TaskStore:
         self._cipher = cipher or PlainText()
         self._declared = {DEFAULT_QUEUE, *queues}
         self._unknown: set[str] = set()
+        self._warned: set[str] = set()
         self._clock = clock
         self._retry_replaces_original = retry_replaces_original
         self._awaited: dict[str, list[asyncio.Future[None]]] = {}
@@ -125,15 +132,56 @@ class TaskStore:
     # -- accepting
 
     def draft(
+        self,
+        function: TaskFunction,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        options: AddOptions,
+        *,
+        durable: bool = False,
+    ) -> Draft:
+        """A task as its caller wants it, checked and encoded.
+
+        With `durable` any process must be able to run it; otherwise a callable that nobody decorated may be a task that
+        only this one can. Raises TaskArgumentError, and TaskDefinitionError for what cannot be a task.
+        """
+        definition = self._registry.known(function) or (self._registry.of(function) if durable else None)
+        if definition is None:
+            return self._undecorated(function, args, kwargs, options)
+        return self._drafted(definition, definition.encode(args, kwargs), options)
+
+    def _undecorated(
         self, function: TaskFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: AddOptions
     ) -> Draft:
-        """A task as its caller wants it, checked and encoded. Raises TaskArgumentError or TaskflowError."""
-        definition = self._registry.of(function)
+        with contextlib.suppress(TaskDefinitionError, TaskArgumentError):  # then it is a call for this process alone
+            if (definition := self._registry.adopted(function)) is not None:
+                return self._drafted(definition, definition.encode(args, kwargs), options)
+        definition = held(function, args, kwargs)
+        if definition.name not in self._warned and len(self._warned) < MOST_WARNED:
+            self._warned.add(definition.name)
+            logger.warning(
+                "%s runs in this process only and is interrupted when that ends: to make it durable, decorate a "
+                "function at the top level of a module with @task_manager.task and give it what can be stored",
+                definition.name,
+            )
+        draft = self._drafted(definition, "[[],{}]", options)._replace(here=True)
+        wait = (draft.run_at - draft.created_at).total_seconds()
+        self._registry.keep(draft.task_id, definition, monotonic() + wait)
+        return draft
+
+    def _drafted(self, definition: TaskDefinition, arguments: str, options: AddOptions) -> Draft:
         key = key_of(definition.name, options)
         task_id = new_id() if key is None else key_id(definition.name, key)
-        arguments = definition.encode(args, kwargs)
+        draft = self._describe(definition, task_id, arguments, options, key)
         self._carried.keep(task_id)
-        return self._describe(definition, task_id, arguments, options, key)
+        return draft
+
+    def forget(self, drafts: Sequence[Draft]) -> None:
+        """What was not accepted after all."""
+        for draft in drafts:
+            self._carried.forget(draft.task_id)
+            if draft.here:
+                self._registry.forget(draft.task_id)
 
     def run_of(self, schedule: str, arguments: str, tick: datetime | None) -> Draft:
         """A run of a schedule, for one of its ticks or for now. Equal ticks have equal ids, on every instance.
@@ -197,11 +245,22 @@ class TaskStore:
         return QueueFullError(draft.queue, state.max_size) if state.pending + taken >= state.max_size else None
 
     def is_eager(self, function: TaskFunction) -> bool:
-        return self._registry.of(function).config.eager
+        definition = self._registry.known(function)
+        return definition is not None and definition.config.eager
+
+    def parameters_named_as_options(self, function: TaskFunction) -> Collection[str]:
+        """Of a function that nobody decorated, those that `add_task` must leave to it."""
+        if self._registry.known(function) is not None:
+            return ()
+        return ADD_TASK_OPTIONS & arguments_by_name(function).keys()
 
     async def accept(self, drafts: Sequence[Draft]) -> None:
         """Returns once they are durable. Raises BackendUnavailable or QueueFullError."""
-        await self._journal.accept(drafts)
+        try:
+            await self._journal.accept(drafts)
+        except BackendUnavailable:
+            self.forget(drafts)
+            raise
 
     # -- questions
 

@@ -25,6 +25,8 @@ LONGEST_FIELD = 500
 LONGEST_FIELDS = 8_000
 """Characters of JSON."""
 MORE = "…"
+HERE_ONLY = "(…)"
+"""How the name of a task ends that only the process which accepted it can run."""
 
 
 # -- words for people

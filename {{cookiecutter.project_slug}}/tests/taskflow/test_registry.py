@@ -123,7 +123,7 @@ def test_an_executor_that_cannot_run_the_function_is_refused_where_it_is_written
 
 def test_a_function_that_was_never_decorated_gets_the_default_settings(registry: TaskRegistry) -> None:
     definition = registry.of(job)
-    assert (definition.name, definition.config) == ("job", TaskConfig())
+    assert (definition.name, definition.config) == (f"{__name__}.job", TaskConfig())
     assert registry.of(job) is definition
 
 

@@ -275,7 +275,7 @@ async def test_a_stacktrace_of_the_task_system_alone_is_kept_whole(stage: Stage)
 def test_an_attempt_on_the_calling_thread_comes_to_the_same(stage: Stage) -> None:
     definition = stage.registry.add(fail_now, TaskConfig(retries=1, delay=5))
     attempt = stage.runner.attempt(claimed("fail_now", max_attempts=2))
-    finish = stage.runner.run_here(attempt, definition)
+    finish = stage.runner.run_here(attempt, definition, asyncio.new_event_loop())
     assert (finish.status, finish.error) == (TaskStatus.PENDING, "gone")
     assert finish.run_at == finish.at + timedelta(seconds=5)
     assert (finish.stacktrace or "").splitlines()[1].startswith(f'  File "{__file__}", line ')

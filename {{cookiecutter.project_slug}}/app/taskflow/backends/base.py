@@ -58,6 +58,8 @@ class Draft(NamedTuple):
     """The schedule of which it is a run."""
     run_key: str | None = None
     """The replaceable key of a one-off."""
+    here: bool = False
+    """Only the process that accepts it can run it: it is stored as running, whatever is free."""
     rejected_by: int | None = None
     """The max_size of the queue that was full when the task was added: stored as REJECTED, to be seen."""
 
@@ -392,6 +394,8 @@ class TurnResult:
     claimed: Sequence[Claimed] = ()
     stopping: Sequence[AttemptId] = ()
     """What this instance runs that a command of this turn asked to stop."""
+    unknown: frozenset[str] = frozenset()
+    """Names of waiting tasks that the demand does not have."""
     more: bool = False
     """True when tasks may be waiting that this turn did not claim although slots are free."""
     next_due: datetime | None = None

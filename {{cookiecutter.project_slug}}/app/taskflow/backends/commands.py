@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from ..models import DELAYED, RETRYABLE, EventKind, QueueConfig, TaskStatus, to_micros
-from ..texts import fields_text
+from ..texts import HERE_ONLY, fields_text
 from .base import (
     Answer,
     AttemptId,
@@ -224,7 +224,7 @@ class Commands:
             if row.cancel_requested:
                 kind, status, error = EventKind.CANCELLED, TaskStatus.CANCELLED, "cancelled by an operator"
             elif not row.requeue:
-                kind, status, error = EventKind.INTERRUPTED, TaskStatus.INTERRUPTED, "its process went away"
+                kind, status, error = EventKind.INTERRUPTED, TaskStatus.INTERRUPTED, reason_of(row.name)
             elif crashes >= CRASH_BUDGET:
                 kind, status = EventKind.FAILED, TaskStatus.FAILED
                 error = f"crash_loop: its process died {crashes} times while it ran"
@@ -330,3 +330,10 @@ class Commands:
 
     def _update(self, task_id: str, **values: object) -> None:
         self._connection.execute(sa.update(task).where(task.c.task_id == task_id).values(values))
+
+
+def reason_of(name: str) -> str:
+    """Why a task of that name was interrupted."""
+    if name.endswith(HERE_ONLY):
+        return "its process went away, and only that process could run it"
+    return "its process went away"

@@ -74,6 +74,7 @@ class Room:
 
     def __init__(self, demand: Demand, queues: Mapping[str, QueueState], levels: Levels) -> None:
         self._names = demand.names
+        self.names = demand.names
         self._slots = {kind: free for kind, free in demand.slots.items() if free > 0}
         self._queues = queues
         self._running = Counter(levels.running)

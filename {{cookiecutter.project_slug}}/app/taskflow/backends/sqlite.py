@@ -23,7 +23,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import QueuePool, StaticPool
 from sqlalchemy.sql.compiler import SQLCompiler
 
-from ..errors import TaskflowError
+from ..errors import TaskDefinitionError
 from .sql import SqlBackend, translated
 from .statements import Cursor, Prepared
 
@@ -49,7 +49,7 @@ LONGEST_LIST = 512
 class SqliteBackend(SqlBackend):
     def __init__(self, url: URL) -> None:
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
-            raise TaskflowError(f"SQLite {sqlite3.sqlite_version} is too old: 3.35 or newer is needed")
+            raise TaskDefinitionError(f"SQLite {sqlite3.sqlite_version} is too old: 3.35 or newer is needed")
         self._in_memory = url.database in (None, "", ":memory:")
         super().__init__(url, readers=0 if self._in_memory else 2)
 

@@ -78,6 +78,7 @@ class TurnWriter:
         self._ledger = Ledger(cursor, statements, turn.instance, turn.now, levels)
         self._commands = Commands(connection, cursor, statements, self._ledger, turn.instance, turn.now)
         self._withdrawn: list[AttemptId] = []
+        self._unknown: set[str] = set()
 
     def write(self, rotation: int) -> TurnResult:
         """`rotation` changes from turn to turn, and with it the queue that is served first."""
@@ -109,6 +110,7 @@ class TurnWriter:
             withdrawn=frozenset(self._withdrawn),
             moved=self._commands.moved,
             stopping=self._commands.stopping,
+            unknown=frozenset(self._unknown),
             more=more or bool(admitted.existing),  # they may have held slots that others wait for
             next_due=self._next_due(arrivals) if turn.demand else None,
             queues=self._queues_now(),
@@ -182,7 +184,9 @@ class TurnWriter:
         unique: dict[str, Draft] = {}
         for draft in drafts:
             unique.setdefault(draft.task_id, draft)  # of one key twice in a turn the first is the task, as it is in two
-        at_once = self._startable(unique.values(), room, levels) if room else frozenset()
+        at_once = frozenset(draft.task_id for draft in drafts if draft.here)
+        if room:
+            at_once |= self._startable(unique.values(), room, levels)
         status: dict[str, str] = dict.fromkeys(at_once, TaskStatus.RUNNING)
         waiting = [draft for draft in unique.values() if draft.task_id not in at_once]
         status |= self._waiting_status(waiting, levels)
@@ -245,7 +249,7 @@ class TurnWriter:
         return status
 
     def _is_due(self, draft: Draft) -> bool:
-        return draft.run_at <= self._turn.now and draft.rejected_by is None
+        return draft.run_at <= self._turn.now and draft.rejected_by is None and not draft.here
 
     def _max_size(self, draft: Draft) -> int:
         state = self._book.queues.get(draft.queue)
@@ -329,6 +333,7 @@ class TurnWriter:
         more = False
         for queue in queues[first:] + queues[:first]:
             waiting = levels.waiting(queue)
+            self._unknown |= waiting - room.names.keys()
             names = room.startable(waiting)
             most = room.free(queue, names)
             if names and most:
