@@ -213,6 +213,11 @@ class Journal:
             with contextlib.suppress(RuntimeError):  # a thread that outlived the event loop
                 self._event_loop.call_soon_threadsafe(self._wake.set)
 
+    @property
+    def event_loop(self) -> asyncio.AbstractEventLoop | None:
+        """The one on which this was started; None while it is not."""
+        return self._event_loop
+
     # -- what callers bring
 
     async def accept(self, drafts: Sequence[Draft]) -> None:
@@ -248,6 +253,11 @@ class Journal:
     async def _submit(self, waiting: Waiting) -> Any:
         if self._event_loop is None:
             raise BackendUnavailable("the task manager was not started (in tests: `with TestClient(app) as client`)")
+        if asyncio.get_running_loop() is not self._event_loop:  # its answer would never arrive here
+            raise TaskflowError(
+                "this is another event loop than the one on which the task manager was started: "
+                "from a thread or a plain task call task_manager.enqueue_sync(...)"
+            )
         self._waiting.append(waiting)
         self._wake.set()
         return await waiting.done

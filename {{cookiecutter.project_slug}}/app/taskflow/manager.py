@@ -27,6 +27,7 @@ from .clock import Clock
 from .context import CarriedContexts
 from .dependencies import Injector
 from .dispatcher import Dispatcher
+from .errors import TaskflowError
 from .executors import AsyncExecutor, Executor, ThreadExecutor
 from .host import install_error_handlers, join_lifespan
 from .housekeeping import LEASE_SECONDS, Housekeeping, introduce
@@ -95,6 +96,7 @@ class TaskManager:
         self.shutdown_timeout = shutdown_timeout
         self.registry = TaskRegistry()
         self.backend = snapshot_backend or open_backend(snapshot_db)
+        self._in_memory = snapshot_backend is None and snapshot_db is None
         self.instance_id = ""
         """Who this process is to the others. Given by `startup`, anew each time: processes fork after they imported."""
         self.clock = clock = Clock()
@@ -287,6 +289,30 @@ class TaskManager:
         else:
             turn = Turn(now=self.clock(), instance=self.instance_id, drafts=[draft])
             await enlist(self.backend, session, turn, committed=self.journal.wake)
+        return draft.task_id
+
+    def enqueue_sync(
+        self,
+        func: Callable[..., Any],
+        *args: Any,
+        idempotency_key: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        priority: int | None = None,
+        queue: str | None = None,
+        delay_seconds: float | None = None,
+        run_at: datetime | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """`enqueue` for plain code: a plain task, a thread, a script that has started nothing. Blocks until the task is
+        durable.
+
+        Raises what `enqueue` raises, and TaskflowError on the event loop that it would block.
+        """
+        if self._in_memory and self.journal.event_loop is None:
+            raise TaskflowError("tasks in memory last as long as the task manager is started, and it is not")
+        options = AddOptions(idempotency_key, tags, priority, queue, delay_seconds, run_at)
+        draft = self.store.draft(func, args, kwargs, options, durable=self.journal.event_loop is None)
+        self.store.accept_from_thread([draft])
         return draft.task_id
 
     async def schedule_once(

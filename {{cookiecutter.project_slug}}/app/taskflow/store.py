@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import accumulate
@@ -31,6 +33,7 @@ from .errors import (
     TaskArgumentError,
     TaskDefinitionError,
     TaskFailed,
+    TaskflowError,
     TaskNotFound,
     TaskStateError,
     UnknownFunction,
@@ -70,6 +73,8 @@ TICK_NAMESPACE = UUID("0d9b6c2f-51c4-5a7e-8f0a-7c3e2b9d4a61")
 RESULT_POLL = 1.0
 """Seconds between looks at a task that may run in another process."""
 MOST_NOTED_IDS = 100
+LOOP_POLL = 1.0
+"""Seconds between looks whether the event loop that a thread waits for is still there."""
 RETRY_BATCH = 500
 WHOLE = 2**31 - 1
 """Characters: all there are."""
@@ -123,6 +128,8 @@ class TaskStore:
         self._cipher = cipher or PlainText()
         self._declared = {DEFAULT_QUEUE, *queues}
         self._unknown: set[str] = set()
+        self._alone = threading.Lock()
+        """One thread at a time writes without a started journal."""
         self._warned: set[str] = set()
         self._clock = clock
         self._retry_replaces_original = retry_replaces_original
@@ -261,6 +268,27 @@ class TaskStore:
         except BackendUnavailable:
             self.forget(drafts)
             raise
+
+    def accept_from_thread(self, drafts: Sequence[Draft]) -> None:
+        """The same for plain code, which it blocks. Without a started journal it starts one for this moment.
+
+        Raises TaskflowError where it would block the event loop that it waits for.
+        """
+        with self._alone:
+            loop, here = self._journal.event_loop, running_loop()
+            if here is not None and loop in (here, None):
+                raise TaskflowError("enqueue_sync() would block this event loop: use `await task_manager.enqueue(...)`")
+            if loop is None:
+                asyncio.run(self._accept_alone(drafts))
+                return
+        wait_for(self.accept(drafts), loop)
+
+    async def _accept_alone(self, drafts: Sequence[Draft]) -> None:
+        self._journal.start("script")
+        try:
+            await self.accept(drafts)
+        finally:
+            await self._journal.stop()
 
     # -- questions
 
@@ -561,6 +589,28 @@ class TaskStore:
     def result_text(self, record: TaskRecord) -> str | None:
         """What it returned, as `codec` wrote it. Raises ValueError when it cannot be read."""
         return None if record.result is None else self._cipher.open(record.result, place_of(record, "result"))
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def wait_for(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
+    """Blocks this thread until the event loop of another has done it. Raises BackendUnavailable when that ends."""
+    try:
+        future = asyncio.run_coroutine_threadsafe(work, loop)
+    except RuntimeError:
+        work.close()
+        raise BackendUnavailable("the service stopped") from None
+    while not wait([future], LOOP_POLL).done:
+        if not loop.is_running():
+            raise BackendUnavailable("the service stopped")
+    if future.cancelled():
+        raise BackendUnavailable("the service stopped")
+    future.result()
 
 
 def place_of(record: TaskRecord, column: Literal["arguments", "result"]) -> Place:
