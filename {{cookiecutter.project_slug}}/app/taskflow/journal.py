@@ -252,7 +252,10 @@ class Journal:
 
     async def _submit(self, waiting: Waiting) -> Any:
         if self._event_loop is None:
-            raise BackendUnavailable("the task manager was not started (in tests: `with TestClient(app) as client`)")
+            raise BackendUnavailable(
+                "the task manager was not started (in tests: `with TestClient(app) as client`; an app that is "
+                "mounted in another is not started by it: call `task_manager.init_app(outer_app)` as well)"
+            )
         if asyncio.get_running_loop() is not self._event_loop:  # its answer would never arrive here
             raise TaskflowError(
                 "this is another event loop than the one on which the task manager was started: "

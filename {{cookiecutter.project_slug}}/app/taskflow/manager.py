@@ -27,7 +27,7 @@ from .clock import Clock
 from .context import CarriedContexts
 from .dependencies import Injector
 from .dispatcher import Dispatcher
-from .errors import TaskflowError
+from .errors import TaskDefinitionError, TaskflowError
 from .executors import AsyncExecutor, Executor, ThreadExecutor
 from .host import install_error_handlers, join_lifespan
 from .housekeeping import LEASE_SECONDS, Housekeeping, introduce
@@ -92,6 +92,19 @@ class TaskManager:
         max_size: int | None = None,
         retry_replaces_original: bool = True,
     ) -> None:
+        limits = (max_concurrent_tasks, max_sync_threads, max_process_workers)
+        for option, limit in zip(
+            ("max_concurrent_tasks", "max_sync_threads", "max_process_workers"), limits, strict=True
+        ):
+            check_option(option, limit, limit is None or (isinstance(limit, int) and limit >= 1), "None or 1 and more")
+        for option, seconds in (
+            ("shutdown_timeout", shutdown_timeout),
+            ("process_shutdown_timeout", process_shutdown_timeout),
+            ("snapshot_interval", snapshot_interval),
+            ("retention_days", 1 if retention_days is None else retention_days),
+        ):
+            fits = isinstance(seconds, int | float) and 0 <= seconds < float("inf")
+            check_option(option, seconds, fits, "a finite number, 0 or more")
         self.snapshot_interval = snapshot_interval
         self.shutdown_timeout = shutdown_timeout
         self.registry = TaskRegistry()
@@ -435,9 +448,18 @@ def task_config(**options: Unpack[TaskOptions]) -> TaskConfig:
     return TaskConfig(**given)
 
 
+def check_option(option: str, value: object, fits: bool, rule: str) -> None:
+    if not fits:
+        raise TaskDefinitionError(f"{option}={value!r}: must be {rule}")
+
+
 def declared_queues(queues: Mapping[str, QueueConfig] | None, max_size: int | None) -> dict[str, QueueConfig]:
-    """Named queues, and the default one where `max_size` limits it."""
+    """Named queues, and the default one where `max_size` limits it. Raises TaskDefinitionError."""
+    check_option("queues", queues, queues is None or isinstance(queues, Mapping), "a dict of names and QueueConfigs")
     declared = dict(queues or {})
+    for name, queue in declared.items():
+        fits = isinstance(name, str) and bool(name) and isinstance(queue, QueueConfig)
+        check_option(f"queues[{name!r}]", queue, fits, "a QueueConfig under a name")
     if max_size is not None:
         declared.setdefault(DEFAULT_QUEUE, QueueConfig(max_size=max_size))
     return declared

@@ -154,6 +154,13 @@ class TaskConfig:
         _require(
             self.executor in (None, "async", "thread", "process"), "executor", self.executor, "async, thread or process"
         )
+        for option, value in (
+            ("jitter", self.jitter),
+            ("eager", self.eager),
+            ("persist", self.persist),
+            ("requeue_on_interrupt", self.requeue_on_interrupt),
+        ):
+            _require(isinstance(value, bool), option, value, "True or False")
         _require(is_retry_policy(self.retry_on), "retry_on", self.retry_on, "exception classes or a function")
         _require(
             self.priority is None or (isinstance(self.priority, int) and abs(self.priority) < 2**31),

@@ -497,3 +497,15 @@ async def test_a_cancellation_that_nobody_asked_for_is_a_failure_and_not_a_loss(
 
 def test_the_limits_are_below_what_a_page_can_show() -> None:
     assert runner_module.LONGEST_ERROR <= runner_module.LONGEST_STACKTRACE <= LARGEST_RESULT
+
+
+def says_much() -> None:
+    raise ValueError("x" * 100_000)
+
+
+async def test_a_long_message_leaves_the_stacktrace_its_frames(stage: Stage) -> None:
+    stage.registry.add(says_much, TaskConfig())
+    finish = await stage.runner.run(stage.runner.attempt(claimed("says_much")))
+    assert "in says_much" in (finish.stacktrace or "")
+    assert "ValueError: xxx" in (finish.stacktrace or "")
+    assert len(finish.stacktrace or "") < 10_000
