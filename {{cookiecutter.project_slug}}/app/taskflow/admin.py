@@ -7,6 +7,7 @@ apps in one process keep apart.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -29,11 +30,19 @@ from .web.html import Renderer, assets_router
 from .web.login import login_router
 from .web.operations import operations_router
 from .web.pages import pages_router
-from .web.route import LARGEST_BODY
 from .web.schedules import schedules_router
 from .web.site import Site
 from .web.stream import Feed, stream_router
 from .web.visits import Visits
+
+logger = logging.getLogger("taskflow")
+
+REFUSALS = {
+    "429": {"description": "A queue of the tasks that this adds is full; `Retry-After` says when to come again"},
+    "503": {"description": "The tasks that this adds cannot be stored now; `Retry-After` says when to come again"},
+}
+SHORTEST_KEY = 32
+"""Bytes of a key that signs sessions in production."""
 
 
 def manage_present_routes(app: FastAPI, depends: DependsParam) -> None:
@@ -72,6 +81,29 @@ def spare_other_routes(app: FastAPI, get_tasks: Callable[..., Any]) -> None:
             dependant.dependencies = [
                 asked for asked in dependant.dependencies if asked.call is not get_tasks or asked.name is not None
             ]
+
+
+def document_refusals(app: FastAPI, get_tasks: Callable[..., Any]) -> None:
+    """Adds to the app's OpenAPI document what every route that adds tasks may answer: 429 and 503."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        known = app.openapi_schema is not None
+        schema = describe()
+        for route in [] if known else iter_route_contexts(app.routes):
+            dependant = getattr(route, "dependant", None)
+            if dependant is not None and adds_tasks(dependant, get_tasks):
+                operations = schema["paths"].get(route.path_format, {})
+                for operation in operations.values():
+                    operation["responses"] = REFUSALS | operation["responses"]
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def adds_tasks(dependant: Dependant, get_tasks: Callable[..., Any]) -> bool:
+    asks = any(asked.call is get_tasks and asked.name is not None for asked in dependant.dependencies)
+    return asks or takes_tasks(dependant, get_tasks)
 
 
 class RouterBelow(APIRouter):
@@ -119,13 +151,14 @@ class TaskAdmin:
         check_positive("token_expiry", token_expiry)
         check_positive("poll_interval", poll_interval)
         backend = auth_backend(auth)
-        check_environment(environment, logs_in=backend is not None, signs=bool(secret_key))
+        check_environment(environment, logs_in=backend is not None, secret_key=secret_key)
         if retention_days is not None:
             check_positive("retention_days", retention_days)
             task_manager.retention_days = retention_days
         task_manager.injector.app = app
         self.task_manager = task_manager
         self.path = path
+        self._is_open = backend is None
         site = Site(task_manager, path, title, display_func_args, poll_interval)
         visits = Visits(task_manager.store, task_manager.journal)
         router = web_router(site, Gate(backend, Sessions(secret_key or None, token_expiry), visits), self._lifespan)
@@ -137,9 +170,12 @@ class TaskAdmin:
         if auto_install:
             app.router.dependencies.insert(0, depends)
         install_error_handlers(app)
+        document_refusals(app, task_manager.get_tasks)
 
     @asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
+        if self._is_open:
+            logger.warning("%s/dashboard is open to this machine without a login: set TaskAdmin(auth=...)", self.path)
         if self._managed_app is not None:
             spare_other_routes(self._managed_app, self.task_manager.get_tasks)
         async with self.task_manager.lifespan(app):
@@ -157,9 +193,7 @@ def web_router(site: Site, gate: Gate, lifespan: Callable[[Any], Any]) -> APIRou
     router.include_router(stream_router(feed), prefix=site.path, dependencies=session)
     router.include_router(pages_router(site, feed, renderer), prefix=site.path, dependencies=session)
     for api in (operations_router(site), schedules_router(site), api_router(site)):
-        router.include_router(
-            api, prefix=site.path, dependencies=session, tags=[site.title], max_body_size=LARGEST_BODY
-        )
+        router.include_router(api, prefix=site.path, dependencies=session, tags=[site.title])
     return router
 
 
@@ -175,10 +209,16 @@ def check_positive(setting: str, value: float) -> None:
         raise TaskDefinitionError(f"{setting}={value!r}: must be above 0")
 
 
-def check_environment(environment: str, *, logs_in: bool, signs: bool) -> None:
+def check_environment(environment: str, *, logs_in: bool, secret_key: str | None) -> None:
     """Production is closed, and stays so when it is restarted or has several processes."""
+    signs = bool(secret_key)
     if environment not in ("development", "production"):
         raise TaskDefinitionError(f"environment={environment!r}: must be 'development' or 'production'")
     if environment == "production" and not (logs_in and signs):
         missing = " and ".join(name for name, there in (("auth", logs_in), ("secret_key", signs)) if not there)
         raise TaskDefinitionError(f"environment='production': the task admin needs {missing}")
+    if environment == "production" and len((secret_key or "").encode()) < SHORTEST_KEY:
+        raise TaskDefinitionError(
+            f"environment='production': secret_key is shorter than {SHORTEST_KEY} bytes, so it could be guessed; make "
+            "one with `python -c 'import secrets; print(secrets.token_urlsafe(32))'`"
+        )

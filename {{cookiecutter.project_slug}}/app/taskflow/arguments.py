@@ -133,7 +133,7 @@ def taker_of(function: Callable[..., Any], dependencies: Dependencies | None) ->
     def arguments(*args: Any, **kwargs: Any) -> Call:
         return args, kwargs
 
-    hints = hinted(function).__annotations__
+    hints = getattr(hinted(function), "__annotations__", {})
     arguments.__annotations__ = {name: hint for name, hint in hints.items() if name not in {"return", *injected}}
     if dependencies is not None:
         arguments.__signature__ = dependencies.arguments  # type: ignore[attr-defined]

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MappingProxyType
+from types import AsyncGeneratorType, GeneratorType, MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 from .context import TaskContext
@@ -133,7 +132,7 @@ class ThreadExecutor:
 
 async def awaited(value: Any) -> Any:
     """What a call gave in the end. Some functions return a coroutine although nothing about them says so."""
-    while inspect.isawaitable(value):
+    while is_awaitable(value):
         value = await value
     return consumed(value)
 
@@ -148,9 +147,15 @@ def awaited_on(loop: asyncio.AbstractEventLoop, value: Any) -> Any:
     return asyncio.run_coroutine_threadsafe(within(), loop).result()
 
 
+def is_awaitable(value: object) -> bool:
+    """Asks the type only, because an object of user code may lie or raise."""
+    return hasattr(type(value), "__await__")
+
+
 def consumed(value: Any) -> Any:
-    """The value. Raises TypeError for a generator: nothing of it has run, and nobody would."""
-    if inspect.isgenerator(value) or inspect.isasyncgen(value):
+    """The value. Raises TypeError for what a generator function gives: nothing of it has run, and nobody would."""
+    kind = type(value)
+    if kind is AsyncGeneratorType or (kind is GeneratorType and value.gi_code.co_name != "<genexpr>"):
         raise TypeError("the task returned a generator: nothing of it has run")
     return value
 

@@ -56,11 +56,18 @@ async def answer_error(connection: Request | WebSocket, error: Exception) -> JSO
     if isinstance(connection, WebSocket) and connection.application_state is not WebSocketState.CONNECTING:
         await end_talk(connection, error)
         return None
-    headers = {}
+    assert isinstance(error, TaskflowError)
+    return JSONResponse({"detail": str(error)}, status_of(error), headers_of(error))
+
+
+def status_of(error: TaskflowError) -> int:
+    return next((code for kind, code in STATUS_CODES.items() if isinstance(error, kind)), 400)
+
+
+def headers_of(error: TaskflowError) -> dict[str, str]:
     if isinstance(error, BackendUnavailable | QueueFullError):
-        headers["Retry-After"] = str(BackendUnavailable.retry_after)
-    status = next(code for kind, code in STATUS_CODES.items() if isinstance(error, kind))
-    return JSONResponse({"detail": str(error)}, status, headers)
+        return {"Retry-After": str(BackendUnavailable.retry_after)}
+    return {}
 
 
 async def end_talk(socket: WebSocket, error: Exception) -> None:

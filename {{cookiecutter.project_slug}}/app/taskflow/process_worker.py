@@ -11,7 +11,6 @@ import asyncio
 import contextvars
 import ctypes
 import importlib
-import inspect
 import io
 import multiprocessing
 import os
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 from . import codec
 from .context import TaskContext, current
 from .errors import TaskflowError, UnknownFunction, signal_of, text_of, trace_text
-from .executors import Call, awaited, consumed
+from .executors import Call, awaited, consumed, is_awaitable
 from .models import TaskConfig
 from .registry import TaskDefinition, TaskRegistry
 from .texts import fields_text
@@ -104,7 +103,7 @@ def answer(request: Request, pipe: Connection, registry: TaskRegistry) -> Return
         function = Call(definition_of(request, registry), request.arguments, context).bound()
         pipe.send(Began())
         value = function()
-        value = asyncio.run(awaited(value)) if inspect.isawaitable(value) else consumed(value)
+        value = asyncio.run(awaited(value)) if is_awaitable(value) else consumed(value)
         return Returned(stored(value, context))
     except BaseException as error:  # noqa: BLE001 - user code: SystemExit is that task's failure
         return raised(error)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from .cipher import Cipher, Place, PlainText
 from .context import BoundedWords, TaskContext, TaskSink, current
 from .dependencies import Injector
 from .errors import CancelTask, RetryLater, UnreadableCall, signal_of, text_of, trace_text
-from .executors import Call, Executor, awaited_on, carried, consumed, is_a
+from .executors import Call, Executor, awaited_on, carried, consumed, is_a, is_awaitable
 from .models import EventKind, TaskConfig, TaskStatus
 from .registry import TaskDefinition, TaskRegistry
 from .retry import LONGEST_DELAY, seconds_until_retry
@@ -150,7 +149,7 @@ class Runner:
         current.set(attempt.context)
         try:
             value = Call(definition, self._arguments(attempt.task), attempt.context).bound()()
-            value = awaited_on(loop, value) if inspect.isawaitable(value) else consumed(value)
+            value = awaited_on(loop, value) if is_awaitable(value) else consumed(value)
         except BaseException as error:  # noqa: BLE001 - user code
             return outcome_of(carried(error), attempt)
         finally:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI
 from fastapi.testclient import TestClient
 from starlette.requests import Request
 
@@ -203,35 +203,51 @@ def test_the_eleventh_bad_login_of_a_minute_has_to_wait_even_with_the_right_pass
     assert response.headers["retry-after"] == "60"
 
 
-def test_a_good_login_forgives_the_bad_ones(closed: Service) -> None:
+def test_a_good_login_forgives_the_bad_ones_of_its_own_name(closed: Service) -> None:
     for _ in range(3):
         assert [log_in(closed, password="x").status_code for _ in range(5)] == [401] * 5
         assert log_in(closed).status_code == 303
         closed.client.cookies.clear()
 
 
-def test_a_bad_login_counts_for_a_minute_and_against_its_own_client() -> None:
+def test_a_good_login_forgives_no_other_name(closed: Service) -> None:
+    assert [log_in(closed, f"eve{number}", "x").status_code for number in range(9)] == [401] * 9
+    assert log_in(closed).status_code == 303
+    closed.client.cookies.clear()
+    assert [log_in(closed, "eve", "x").status_code for _ in range(2)] == [401, 429]
+
+
+def test_a_bad_login_counts_for_a_minute_against_its_client_and_against_its_name() -> None:
     now = [0.0]
     limit = LoginLimit(clock=lambda: now[0])
-    assert [limit.attempt("a") for _ in range(11)] == [True] * 10 + [False]
-    assert limit.attempt("b")
+    assert [limit.attempt("a", f"name {number}") for number in range(11)] == [True] * 10 + [False]
+    assert limit.attempt("b", "name")
+    assert [limit.attempt(f"client {number}", "ada") for number in range(11)] == [True] * 10 + [False]
+    assert limit.attempt("c", "name")
     now[0] = 60.0
-    assert limit.attempt("a")
+    assert limit.attempt("a", "ada")
 
 
 def test_attempts_that_are_still_judged_count() -> None:
     limit = LoginLimit(clock=lambda: 0.0)
-    assert [limit.attempt("a") for _ in range(20)].count(True) == 10
+    assert [limit.attempt("a", "ada") for _ in range(20)].count(True) == 10
+
+
+def test_a_good_login_does_not_forgive_what_others_tried_with_its_name() -> None:
+    limit = LoginLimit(clock=lambda: 0.0)
+    for number in range(9):
+        limit.attempt(f"client {number}", "ada")
+    assert limit.attempt("home", "ada")
+    limit.succeeded("home", "ada")
+    assert [limit.attempt("elsewhere", "ada") for _ in range(2)] == [True, False]
 
 
 def test_the_memory_of_bad_logins_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "MOST_REMEMBERED", 2)
     limit = LoginLimit(clock=lambda: 0.0)
-    for _ in range(10):
-        limit.attempt("a")
-    limit.attempt("b")
-    limit.attempt("c")
-    assert limit.attempt("a"), "the oldest client is forgotten"
+    for number in range(100):
+        limit.attempt(f"client {number}", f"name {number}")
+    assert (len(limit._by_client), len(limit._by_name)) == (2, 2)
 
 
 def test_a_form_that_is_too_large_is_refused(closed: Service) -> None:
@@ -256,6 +272,8 @@ def test_a_form_that_is_too_large_is_refused(closed: Service) -> None:
         ({"origin": "http://evil.example"}, False),
         ({"origin": "null"}, False),
         ({"origin": ""}, False),
+        ({"origin": "http://["}, False),
+        ({"origin": "http://[::1"}, False),
     ],
 )
 def test_an_unsafe_request_must_come_from_our_own_pages(closed: Service, headers: dict[str, str], ours: bool) -> None:
@@ -289,6 +307,11 @@ def test_a_login_leads_to_our_own_pages_only(target: str) -> None:
 
 # -- without credentials
 
+ODD_HOSTS = ["", " ", "test", "intranet", "[", "http://[", "[::1", "localhost:8000:1", "localhost@evil.example"]
+ODD_HOSTS += ["localhost/", "localhost.evil.example", "127.0.0.1.evil.example", "127.0.0.1, evil.example", "x" * 10_000]
+PROXY_HEADERS = ["forwarded", "via", "x_forwarded_host", "x_forwarded_proto", "x_forwarded_port", "x_real_ip"]
+PROXY_HEADERS += ["cf_connecting_ip", "true_client_ip", "x_original_url", "x_client_ip"]
+
 
 def request_from(client: str | None, **headers: str) -> Request:
     given = {"host": "localhost:8000"} | {name.replace("_", "-"): value for name, value in headers.items()}
@@ -312,8 +335,12 @@ def request_from(client: str | None, **headers: str) -> Request:
         (request_from("127.0.0.9", host="app.localhost"), True),
         (request_from("::1", host="[::1]:8000"), True),
         (request_from("::ffff:127.0.0.1"), True),
-        (request_from("testclient", host="anything.example"), True),
-        (request_from("127.0.0.1", host="test"), True),
+        (request_from("testclient", host="testserver"), True),
+        (request_from("127.0.0.1", host="LOCALHOST:80"), True),
+        (request_from("testclient", host="anything.example"), False),
+        (request_from("127.0.0.1", host="testserver"), False),
+        *((request_from("127.0.0.1", host=host), False) for host in ODD_HOSTS),
+        *((request_from("127.0.0.1", **{name: "1"}), False) for name in PROXY_HEADERS),
         (request_from("127.0.0.1", host="made-to-point-here.example"), False),
         (request_from("127.0.0.1", x_forwarded_for="1.2.3.4"), False),
         (request_from("testclient", x_forwarded_for="testclient"), False),
@@ -336,6 +363,22 @@ def test_without_credentials_others_are_refused_everywhere() -> None:
         assert "auth" in page(client.get("/tasks/dashboard"), 403).text
 
 
+def test_a_host_that_is_said_twice_is_none() -> None:
+    twice = request_from("127.0.0.1")
+    twice.scope["headers"].append((b"host", b"evil.example"))
+    assert not is_local(twice)
+
+
+def test_who_is_let_in_without_a_login_is_said_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    with service():
+        pass
+    assert "open to this machine without a login" in caplog.text
+    caplog.clear()
+    with service(auth=ADA):
+        pass
+    assert "without a login" not in caplog.text
+
+
 def test_without_credentials_there_is_no_login() -> None:
     with service() as running:
         assert running.client.get("/tasks/auth/login").headers["location"] == "/tasks/dashboard"
@@ -351,6 +394,7 @@ def test_without_credentials_there_is_no_login() -> None:
         {"environment": "production", "auth": ADA},
         {"environment": "production", "secret_key": "key"},
         {"environment": "production", "auth": ADA, "secret_key": ""},
+        {"environment": "production", "auth": ADA, "secret_key": "k" * 31},
         {"environment": "staging"},
         {"auth": ()},
         {"auth": []},
@@ -374,7 +418,7 @@ def test_a_setting_that_cannot_be_is_refused_at_construction(options: dict[str, 
 
 
 def test_production_takes_credentials_and_a_key() -> None:
-    with service(environment="production", auth=ADA, secret_key="key") as running:
+    with service(environment="production", auth=ADA, secret_key="k" * 32) as running:
         assert running.client.get("/tasks").status_code == 401
 
 
@@ -408,3 +452,25 @@ def test_a_pair_is_judged_by_both_halves() -> None:
 )
 def test_bad_logins_are_held_against_an_address_or_an_ipv6_network(host: str, name: str) -> None:
     assert client_name(request_from(host)) == name
+
+
+def test_routes_that_add_tasks_document_that_they_may_be_refused() -> None:
+    app, manager = FastAPI(), TaskManager()
+    router = APIRouter(prefix="/more")
+
+    @app.post("/adds")
+    @router.post("/adds")
+    def adds(background_tasks: BackgroundTasks) -> None: ...
+
+    @router.post("/asks")
+    def asks(tasks: Any = Depends(manager.get_tasks)) -> None: ...
+
+    @app.post("/nothing")
+    def nothing() -> None: ...
+
+    app.include_router(router)
+    TaskAdmin(app, manager, auto_install=True)
+    paths = app.openapi()["paths"]
+    for path in ("/adds", "/more/adds", "/more/asks"):
+        assert {"200", "429", "503"} <= paths[path]["post"]["responses"].keys()
+    assert not {"429", "503"} & paths["/nothing"]["post"]["responses"].keys()

@@ -185,7 +185,7 @@ def test_a_retry_wait_says_when_it_ends(running: Service) -> None:
 def test_an_action_that_is_not_possible_any_more_is_a_page_that_says_so(running: Service) -> None:
     task_id = running.run("add_up", 1, 2)
     for command in ("retry", "cancel"):
-        document = page(running.client.post(f"/tasks/dashboard/tasks/{task_id}/{command}"), 409)
+        document = page(running.client.post(f"/tasks/dashboard/tasks/{task_id}/{command}"), 400)
         assert f"task {task_id} is success" in document.text
 
 

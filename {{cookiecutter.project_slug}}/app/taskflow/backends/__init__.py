@@ -47,7 +47,7 @@ def parse_location(location: str | None) -> URL:
     except (ArgumentError, ValueError) as error:
         raise TaskDefinitionError(f"{location!r}: not a database URL ({error})") from error
     scheme, plus, _ = url.drivername.partition("+")
-    if plus:
+    if plus and scheme in SCHEMES:
         plain = url.set(drivername=scheme).render_as_string()
         raise TaskDefinitionError(f"{url.render_as_string()}: the driver is chosen for you, write {plain}")
     if scheme == "sqlite":

@@ -249,7 +249,8 @@ class TurnWriter:
         return status
 
     def _is_due(self, draft: Draft) -> bool:
-        return draft.run_at <= self._turn.now and draft.rejected_by is None and not draft.here
+        """What is to start as soon as it was added is due, even where the clock was put back since."""
+        return draft.run_at <= max(self._turn.now, draft.created_at) and draft.rejected_by is None and not draft.here
 
     def _max_size(self, draft: Draft) -> int:
         state = self._book.queues.get(draft.queue)

@@ -14,6 +14,7 @@ import hashlib
 import hmac
 import inspect
 import json
+import re
 import secrets
 from abc import abstractmethod
 from collections import OrderedDict, deque
@@ -28,19 +29,36 @@ from fastapi import HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 
-from ..errors import TaskDefinitionError
+from ..errors import BackendUnavailable, TaskDefinitionError
 from .visits import Visits
 
 COOKIE = "taskflow_token"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+SHOWS_NO_TASK = ("/health", "/ready", "/auth/logout")
 MOST_BAD_LOGINS = 10
 BAD_LOGIN_WINDOW = 60.0
 """Seconds for which a bad login counts."""
 MOST_REMEMBERED = 10_000
 """Clients whose bad logins are counted, and revoked sessions; beyond that the oldest are forgotten."""
-FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
-TEST_CLIENT = "testclient"
-"""The client address of Starlette's TestClient. No socket has it, so it is as local as loopback."""
+FORWARDED = (
+    "forwarded",
+    "via",
+    "x-real-ip",
+    "x-client-ip",
+    "true-client-ip",
+    "fastly-client-ip",
+    "x-envoy-external-address",
+)
+FORWARDED_PREFIXES = ("x-forwarded-", "x-original-", "cf-")
+"""Headers that only a proxy sends: what it forwards is from elsewhere."""
+LOCAL_ONLY = (
+    "open to this machine only, under the name localhost and without a proxy: "
+    "give TaskAdmin(auth=...) to log in from elsewhere"
+)
+HOST = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<name>[a-zA-Z0-9.-]+))(?::\d{1,5})?")
+"""A Host header as it should be."""
+TEST_CLIENT, TEST_HOST = "testclient", "testserver"
+"""The client address of Starlette's TestClient, which no socket has, and the host that it asks for."""
 
 
 @runtime_checkable
@@ -139,29 +157,48 @@ def b64(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
+Attempts = OrderedDict[str, deque[tuple[float, str]]]
+"""Client or name -> when, and the other of the two; oldest first."""
+
+
 class LoginLimit:
-    """Counts bad logins by client. An attempt is bad until it was found good, so that many at once gain nothing."""
+    """Counts bad logins by client and by name. An attempt is bad until it was found good, so that many at once gain
+    nothing; what was good forgives the bad ones of the same name from the same client, and no others."""
 
     def __init__(self, *, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
-        self._bad: OrderedDict[str, deque[float]] = OrderedDict()
+        self._by_client: Attempts = OrderedDict()
+        self._by_name: Attempts = OrderedDict()
 
-    def attempt(self, client: str) -> bool:
-        """False when this client has to wait."""
-        now = self._clock()
-        bad = self._bad.setdefault(client, deque())
-        self._bad.move_to_end(client)
-        while bad and bad[0] <= now - BAD_LOGIN_WINDOW:
-            bad.popleft()
-        if len(bad) >= MOST_BAD_LOGINS:
+    def attempt(self, client: str, username: str) -> bool:
+        """False when this client, or whoever tries this name, has to wait."""
+        of_client, of_name = self._recent(self._by_client, client), self._recent(self._by_name, username)
+        if len(of_client) >= MOST_BAD_LOGINS or len(of_name) >= MOST_BAD_LOGINS:
             return False
-        bad.append(now)
-        while len(self._bad) > MOST_REMEMBERED:
-            self._bad.popitem(last=False)
+        of_client.append((self._clock(), username))
+        of_name.append((self._clock(), client))
         return True
 
-    def succeeded(self, client: str) -> None:
-        self._bad.pop(client, None)
+    def succeeded(self, client: str, username: str) -> None:
+        forgive(self._by_client, client, username)
+        forgive(self._by_name, username, client)
+
+    def _recent(self, attempts: Attempts, key: str) -> deque[tuple[float, str]]:
+        found = attempts.setdefault(key, deque())
+        attempts.move_to_end(key)
+        while found and found[0][0] <= self._clock() - BAD_LOGIN_WINDOW:
+            found.popleft()
+        while len(attempts) > MOST_REMEMBERED:
+            attempts.popitem(last=False)
+        return found
+
+
+def forgive(attempts: Attempts, key: str, other: str) -> None:
+    kept = deque(attempt for attempt in attempts.get(key, ()) if attempt[1] != other)
+    if kept:
+        attempts[key] = kept
+    else:
+        attempts.pop(key, None)
 
 
 # -- the gate
@@ -187,10 +224,15 @@ class Gate:
         await self.admit_origin(request)
         if self._backend is None:
             if not is_local(request):
-                raise HTTPException(403, "open to this machine only: give TaskAdmin(auth=...) to log in from elsewhere")
+                raise HTTPException(403, LOCAL_ONLY)
             request.state.taskflow_actor = "anonymous"
             return
-        session = await self.session(request)
+        try:
+            session = await self.session(request)
+        except BackendUnavailable:  # a logout elsewhere cannot be ruled out: only what shows no task goes on
+            session = self.signed(request) if request.url.path.endswith(SHOWS_NO_TASK) else None
+            if session is None:
+                raise
         if session is None:
             raise HTTPException(401, "log in first")
         request.state.taskflow_actor = session.username
@@ -200,10 +242,17 @@ class Gate:
         if request.method not in SAFE_METHODS and not same_origin(request):
             raise HTTPException(403, "refused: the request comes from another site")
 
-    async def session(self, request: HTTPConnection) -> Session | None:
-        """Whose request this is; None when they have to log in, or were logged out by any process."""
+    def signed(self, request: HTTPConnection) -> Session | None:
+        """Whose request this is, as far as this process knows."""
         token = request.cookies.get(COOKIE)
-        session = self.sessions.read(token) if token else None
+        return self.sessions.read(token) if token else None
+
+    async def session(self, request: HTTPConnection) -> Session | None:
+        """Whose request this is; None when they have to log in, or were logged out by any process.
+
+        Raises BackendUnavailable where that cannot be known.
+        """
+        session = self.signed(request)
         if session is not None and await self._visits.ended(session.session_id):
             self.sessions.revoke(session)
             return None
@@ -212,20 +261,20 @@ class Gate:
     async def log_in(self, request: Request, username: str, password: str) -> str | None:
         """A new session's token, or None when the credentials are wrong. Raises HTTPException 429."""
         client = client_name(request)
-        if not self.limit.attempt(client):
+        if not self.limit.attempt(client, username):
             raise HTTPException(429, "too many failed logins: wait a minute", {"Retry-After": "60"})
         if self._backend is None:
             return None
         if not await judge(self._backend, username, password):
             await self._visits.was_refused(username, client)
             return None
-        self.limit.succeeded(client)
+        self.limit.succeeded(client, username)
         await self._visits.logged_in(username, client)
         return self.sessions.issue(username)
 
     async def log_out(self, request: Request) -> None:
         """Ends the request's session: here at once, elsewhere within a second or two."""
-        session = await self.session(request)
+        session = self.signed(request)
         if session is not None:
             self.sessions.revoke(session)
             await self._visits.logged_out(session.username, client_name(request), session.session_id, session.expires)
@@ -252,24 +301,41 @@ def same_origin(request: HTTPConnection) -> bool:
     origin = request.headers.get("origin")
     if origin is None:
         return True
-    return urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower() != ""
+    try:
+        theirs = urlsplit(origin).netloc.lower()
+    except ValueError:
+        return False
+    return theirs == request.headers.get("host", "").lower() != ""
 
 
 def is_local(request: HTTPConnection) -> bool:
     """Whether the client is on this machine and asked for it by a local name.
 
-    What a proxy forwards is from elsewhere. A public host name with a loopback address is another site's page that
-    made its own name point here, to read what only local pages may.
+    What a proxy forwards is from elsewhere, and so is whatever cannot be told. A public host name with a loopback
+    address is another site's page that made its own name point here, to read what only local pages may.
     """
-    if request.client is None or any(name in request.headers for name in FORWARDED):
+    if request.client is None or is_forwarded(request):
         return False
-    if request.client.host == TEST_CLIENT:
-        return True
-    return is_loopback(request.client.host) and is_local_name(request.url.hostname or "")
+    client, host = request.client.host, host_name(request)
+    return (client == TEST_CLIENT or is_loopback(client)) and (
+        is_local_name(host) or (client, host) == (TEST_CLIENT, TEST_HOST)
+    )
+
+
+def is_forwarded(request: HTTPConnection) -> bool:
+    names = request.headers.keys()
+    return any(name in FORWARDED or name.startswith(FORWARDED_PREFIXES) for name in names)
+
+
+def host_name(request: HTTPConnection) -> str:
+    """The name that the client asked for; nothing where it is not said, or said twice, or is none."""
+    said = request.headers.getlist("host")
+    found = HOST.fullmatch(said[0]) if len(said) == 1 else None
+    return (found["v6"] or found["name"]).lower() if found else ""
 
 
 def is_local_name(host: str) -> bool:
-    return is_loopback(host) or "." not in host or host.endswith(".localhost")
+    return is_loopback(host) or host == "localhost" or host.endswith(".localhost")
 
 
 def is_loopback(host: str) -> bool:

@@ -22,7 +22,8 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from ..errors import BackendUnavailable, TaskflowError, TaskNotFound, TaskStateError, UnknownFunction
+from ..errors import TaskflowError
+from ..host import headers_of, status_of
 from . import views
 from .site import Site
 
@@ -46,14 +47,9 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Vary": "Cookie",
 }
-ERROR_CODES: Mapping[type[TaskflowError], int] = {
-    TaskNotFound: 404,
-    TaskStateError: 409,
-    UnknownFunction: 409,
-    BackendUnavailable: 503,
-}
 ERROR_WORDS = {
     401: "Log in first",
+    400: "Not possible now",
     403: "Not allowed",
     404: "Not found",
     405: "Not that way",
@@ -153,19 +149,11 @@ def page_route(renderer: Renderer) -> type[APIRoute]:
                 except RequestValidationError as error:
                     return renderer.error(request, 422, "; ".join(str(part["msg"]) for part in error.errors()))
                 except TaskflowError as error:
-                    return renderer.error(request, code_of(error), str(error), retry_after(error))
+                    return renderer.error(request, status_of(error), str(error), headers_of(error))
 
             return guarded
 
     return PageRoute
-
-
-def code_of(error: TaskflowError) -> int:
-    return next((code for kind, code in ERROR_CODES.items() if isinstance(error, kind)), 400)
-
-
-def retry_after(error: TaskflowError) -> dict[str, str]:
-    return {"Retry-After": str(error.retry_after)} if isinstance(error, BackendUnavailable) else {}
 
 
 async def form_of(request: Request) -> dict[str, str]:

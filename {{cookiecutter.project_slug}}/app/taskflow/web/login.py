@@ -5,11 +5,13 @@ Owns the two routes below `/auth`. The only pages that need no session; a logout
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
+from ..errors import BackendUnavailable
 from .auth import COOKIE, Gate
 from .html import HEADERS, Renderer, form_of, page_route
 from .site import Site
@@ -22,8 +24,9 @@ def login_router(site: Site, gate: Gate, renderer: Renderer) -> APIRouter:
 
     @router.get("/auth/login")
     async def login_page(request: Request, next: Annotated[str, Query()] = "") -> Response:
-        if not gate.asks_for_login or await gate.session(request) is not None:
-            return RedirectResponse(f"{site.base(request)}/dashboard", 302, HEADERS)
+        with contextlib.suppress(BackendUnavailable):  # whether there is a session cannot be told: the page is for all
+            if not gate.asks_for_login or await gate.session(request) is not None:
+                return RedirectResponse(f"{site.base(request)}/dashboard", 302, HEADERS)
         return renderer.page(request, "login.html", next=next, username="", wrong=False)
 
     @router.post("/auth/login")

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive
 
 from .records import Json
 
@@ -27,7 +28,8 @@ class ApiRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             try:
-                return await answer(request)
+                refuse_large(request.headers.get("content-length", ""))
+                return await answer(Request(request.scope, limited(request.receive)))
             except RequestValidationError as error:
                 return Json({"detail": [problem(part) for part in error.errors()]}, 422)
             except HTTPException as error:
@@ -37,6 +39,27 @@ class ApiRoute(APIRoute):
                 raise
 
         return guarded
+
+
+def refuse_large(length: str | int) -> None:
+    """Raises HTTPException 413."""
+    number = int(length) if isinstance(length, int) or (length.isdecimal() and len(length) < 20) else 0
+    if number > LARGEST_BODY or len(str(length)) >= 20:
+        raise HTTPException(413, f"the body is larger than {LARGEST_BODY:,} bytes")
+
+
+def limited(receive: Receive) -> Receive:
+    """The body as it comes, but for what is too large although nobody said so before."""
+    size = 0
+
+    async def receive_some() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        refuse_large(size)
+        return message
+
+    return receive_some
 
 
 def problem(part: dict[str, Any]) -> dict[str, Any]:

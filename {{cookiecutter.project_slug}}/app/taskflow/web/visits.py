@@ -1,10 +1,9 @@
 """Who came and went: logins in the audit, and sessions that ended before their time.
 
 Owns what the gate writes to the backend and asks of it. The invariant: a backend that is away keeps nobody from logging
-in or out. What cannot be written now waits here and is written, with its own time, once the backend answers; what
-cannot be asked now counts as not revoked, because the routes behind the gate then have nothing to show either, while
-`/health` and the logout must go on. What this process itself revoked, it knows without asking; what still waits when
-the process ends is lost.
+in or out. What cannot be written now waits here and is written, with its own time, once the backend answers; whether a
+session was revoked elsewhere cannot be known then, and nobody is let in to see or change a task. What this process
+itself revoked, it knows without asking; what still waits when the process ends is lost.
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ LOOK_INTERVAL = 1.0
 """Seconds for which a session that was not revoked is believed: how late a logout elsewhere can be noticed."""
 PATIENCE = 0.5
 """Seconds that a request waits for the backend to write or to answer."""
+ANSWER_TIME = 2.0
+"""Seconds that a request waits to hear whether its session was ended elsewhere."""
 PAUSE = 1.0
 """Seconds between tries while the backend is away."""
 MOST_UNWRITTEN = 1_000
@@ -58,7 +59,10 @@ class Visits:
         await self._note(EventKind.LOGOUT, username, client)
 
     async def ended(self, session_id: str) -> bool:
-        """Whether a session was revoked by any process, asked at most once per LOOK_INTERVAL."""
+        """Whether a session was revoked by any process, asked at most once per LOOK_INTERVAL.
+
+        Raises BackendUnavailable when the backend does not say in time.
+        """
         now = self._clock()
         if now - self._looked.get(session_id, float("-inf")) < LOOK_INTERVAL:
             return False
@@ -72,10 +76,10 @@ class Visits:
 
     async def _is_revoked(self, session_id: str) -> bool:
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(ANSWER_TIME):
                 return await self._store.is_revoked(session_id)
-        except (BackendUnavailable, TimeoutError):
-            return False
+        except TimeoutError as error:
+            raise BackendUnavailable("it did not say in time whether this session was ended") from error
 
     async def _note(self, kind: EventKind, username: str, client: str) -> None:
         if len(self._unwritten) < MOST_UNWRITTEN:
