@@ -143,9 +143,11 @@ class TaskRegistry:
         """The definition of a function that is a task already, whatever decorators lie on top of it."""
         if (definition := self._by_function.get(id(function))) is not None:
             return definition
-        for layer in layers_of(function):
+        for layer in (function, *layers_of(function)):
             if (definition := self._by_function.get(id(layer))) is not None:
                 return definition
+            if isinstance(layer, functools.partial):  # it calls what it wraps with more arguments
+                break
         return None
 
     # -- what nobody decorated

@@ -82,6 +82,7 @@ class Schedules:
         """
         function = plain(function)
         task = self._registry.known(function)
+        function = function if task is None else task.function
         if config is None and task is not None:
             config = replace(task.config, name=name or task.name)
         config = config or TaskConfig(name=name)

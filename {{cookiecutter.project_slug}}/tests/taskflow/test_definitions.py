@@ -1,6 +1,8 @@
 """What is wrong where it is written is refused there, by one error; and what is right is what was meant."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -93,3 +95,24 @@ def test_errors_are_what_python_would_have_raised_too() -> None:
 def test_a_near_miss_of_a_url_is_told_what_to_write(url: str, instead: str) -> None:
     with pytest.raises(TaskDefinitionError, match=f"write {instead}$"):
         TaskManager(snapshot_db=url)
+
+
+def timed(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def test_a_decorator_between_a_schedule_and_its_task_leaves_it_its_settings(manager: TaskManager) -> None:
+    above = timed(manager.task(retries=2)(job))
+    assert manager.schedule(every=5)(above) is above
+    assert manager.registry.named("job").max_attempts == 3
+    assert "job" in manager.schedules
+
+
+def test_a_partial_of_a_task_is_not_that_task(manager: TaskManager) -> None:
+    partial = functools.update_wrapper(functools.partial(manager.task(job)), job)
+    assert manager.registry.known(partial) is None
+    assert manager.registry.known(timed(partial)) is None
