@@ -96,13 +96,13 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def wait_until_ready(self, seconds: float = 60) -> None:
+    def wait_until_ready(self, seconds: float = 60, path: str = "/tasks/ready") -> None:
         deadline = time.monotonic() + seconds
         while True:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             with contextlib.suppress(OSError):
-                self.get("/tasks/ready")
+                self.get(path)
                 return
             time.sleep(0.1)
 

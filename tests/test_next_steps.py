@@ -1,10 +1,14 @@
 """The first minute: what a bake prints is what works, typed as printed, on a machine without uv on PATH."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
+import sqlite3
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -123,12 +127,33 @@ def test_the_container_installs_and_starts_as_written(bake: Bake, tmp_path: Path
     run(install, project, PATH=path)
     assert not (project / ".venv/bin/pytest").exists()
     command = shlex.join(start).replace("0.0.0.0", "127.0.0.1").replace("--port 8000", "--port {port}")
-    url = f"sqlite:///{tmp_path}/tasks.db"
-    with Server(f"exec {command}", project, PATH=path, TASKFLOW_URL=url) as server:
-        server.wait_until_ready()
+    settings = container_settings(lines) | {"TASKFLOW_URL": f"sqlite:///{tmp_path}/tasks.db", "PATH": path}
+    with pytest.raises(AssertionError, match="needs auth and secret_key"):
+        run(f"timeout 20 {command.format(port=1)}", project, **settings)
+    secrets = dict.fromkeys(["TASKFLOW_ADMIN_USERNAME", "TASKFLOW_ADMIN_PASSWORD", "TASKFLOW_SECRET_KEY"], "x" * 32)
+    with Server(f"exec {command}", project, **settings, **secrets) as server:
+        server.wait_until_ready(path="/openapi.json")
         task_id = json.loads(server.post("/signup?email=a@example.com"))["task_id"]
-        assert server.wait_until_done(task_id) == "success"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            server.get(f"/tasks/{task_id}")
+        assert stored_status(tmp_path / "tasks.db", task_id) == "success"
         assert "Application shutdown complete" in server.stop()
+
+
+def container_settings(lines: list[str]) -> dict[str, str]:
+    text = " ".join(lines).replace("\\", " ")
+    return dict(re.findall(r"(TASKFLOW_\w+)=(\S+)", text))
+
+
+def stored_status(database: Path, task_id: str) -> str:
+    """Once it is final."""
+    deadline = time.monotonic() + 20
+    while True:
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            rows = connection.execute("SELECT status FROM taskflow_task WHERE task_id = ?", [task_id]).fetchall()
+        if rows[0][0] not in ("pending", "running") or time.monotonic() > deadline:
+            return str(rows[0][0])
+        time.sleep(0.05)
 
 
 def test_the_environment_of_these_tests_is_a_users() -> None:

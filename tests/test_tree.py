@@ -92,7 +92,21 @@ def check_data(project: Path, answers: Answers) -> None:
     if answers["docker"]:
         compose = yaml.safe_load((project / "compose.yaml").read_text())
         assert set(compose["services"]) == {"app", backend} - {"sqlite"}
-        assert compose["services"]["app"]["environment"]["TASKFLOW_URL"].startswith(URLS[backend])
+        app = compose["services"]["app"]
+        assert app["environment"]["TASKFLOW_URL"].startswith(URLS[backend])
+        assert app["environment"]["TASKFLOW_ENV"] == "production"
+        for secret in ("ADMIN_USERNAME", "ADMIN_PASSWORD", "SECRET_KEY"):
+            assert app["environment"][f"TASKFLOW_{secret}"].startswith(f"${{TASKFLOW_{secret}:?")
+        assert int(app["stop_grace_period"].removesuffix("s")) > longest_stop(project)
+
+
+def longest_stop(project: Path) -> float:
+    """Seconds for open requests, for running tasks, and for what is written last."""
+    requests = re.search(r'"--timeout-graceful-shutdown", "(\d+)"', (project / "Dockerfile").read_text())
+    tasks = re.search(r"shutdown_timeout: float = ([\d.]+)", (project / "app/taskflow/manager.py").read_text())
+    assert requests
+    assert tasks
+    return int(requests[1]) + float(tasks[1]) + 2
 
 
 @pytest.mark.parametrize("answers", combinations(license=["MIT"], ci=["github"]), ids=label)
