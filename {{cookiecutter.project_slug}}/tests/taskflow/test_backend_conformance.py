@@ -1163,6 +1163,15 @@ async def test_who_beats_again_before_the_rescue_is_alive(bench: Bench) -> None:
 # -- several instances
 
 
+async def test_what_was_added_before_the_clock_was_put_back_does_not_wait_for_that_time_to_come_again(
+    bench: Bench,
+) -> None:
+    draft = make_draft(at=bench.now)
+    bench.pass_time(-3600)
+    await bench.accept(draft)
+    assert (await bench.claim_one()).task_id == draft.task_id
+
+
 async def test_a_second_instance_sees_what_the_first_has_written(shared_location: str) -> None:
     here, there = open_backend(shared_location), open_backend(shared_location)
     await here.open()
