@@ -211,13 +211,13 @@ def check_positive(setting: str, value: float) -> None:
 
 def check_environment(environment: str, *, logs_in: bool, secret_key: str | None) -> None:
     """Production is closed, and stays so when it is restarted or has several processes."""
-    signs = bool(secret_key)
     if environment not in ("development", "production"):
         raise TaskDefinitionError(f"environment={environment!r}: must be 'development' or 'production'")
-    if environment == "production" and not (logs_in and signs):
-        missing = " and ".join(name for name, there in (("auth", logs_in), ("secret_key", signs)) if not there)
-        raise TaskDefinitionError(f"environment='production': the task admin needs {missing}")
-    if environment == "production" and len((secret_key or "").encode()) < SHORTEST_KEY:
+    if environment == "development":
+        return
+    if missing := [name for name, there in (("auth", logs_in), ("secret_key", secret_key)) if not there]:
+        raise TaskDefinitionError(f"environment='production': the task admin needs {' and '.join(missing)}")
+    if len((secret_key or "").encode()) < SHORTEST_KEY:
         raise TaskDefinitionError(
             f"environment='production': secret_key is shorter than {SHORTEST_KEY} bytes, so it could be guessed; make "
             "one with `python -c 'import secrets; print(secrets.token_urlsafe(32))'`"

@@ -19,7 +19,7 @@ from pydantic_core import ArgsKwargs
 from pydantic_core.core_schema import ArgumentsParameter
 
 from . import codec
-from .dependencies import Dependencies, name_of
+from .dependencies import Dependencies, where
 from .errors import TaskArgumentError, TaskDefinitionError, text_of
 from .objects import Objects, hints_of, reached
 
@@ -151,7 +151,7 @@ def adapter_of(function: Callable[..., Any], taker: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(taker, config=ConfigDict(arbitrary_types_allowed=True))
     except (PydanticUserError, NameError) as error:
-        raise TaskDefinitionError(f"{name_of(function)}: its annotations cannot be checked ({error})") from error
+        raise TaskDefinitionError(f"{where(function)}: its annotations cannot be checked ({error})") from error
 
 
 def arguments_in(schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -170,16 +170,13 @@ async def commanding(manager: TaskManager) -> AsyncIterator[None]:
 
     Raises TaskflowError where the database does not answer.
     """
-    manager.journal.start("command line")
-    try:
+    async with manager.journal.alone("command line"):
         try:
             async with asyncio.timeout(START_TIMEOUT):
                 await manager.journal.ready()
         except TimeoutError as error:
             raise TaskflowError(f"the task backend is away: {manager.journal.last_error or 'no answer'}") from error
         yield
-    finally:
-        await manager.journal.stop()
 
 
 # -- words

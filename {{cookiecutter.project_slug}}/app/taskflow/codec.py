@@ -113,6 +113,10 @@ def encode_result(value: object) -> str | None:
     return text
 
 
+NO_ARGUMENTS = "[[],{}]"
+"""The stored form of a call without any."""
+
+
 def encode_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], objects: Objects | None = None, *more: int) -> str:
     """The stored form of a call: `[args, kwargs, *more]`. Raises CannotStore and other ValueErrors."""
     return dumps(

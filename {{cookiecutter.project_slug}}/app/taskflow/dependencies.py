@@ -157,7 +157,7 @@ def dependant_of(function: Callable[..., Any], parameters: list[inspect.Paramete
     except UNRESOLVABLE as error:
         call, parameter = unresolvable_part(task)
         raise TaskDefinitionError(
-            f"{name_of(function)}: parameter {parameter!r} of {name_of(function if call is task else call)} "
+            f"{where(function)}: parameter {parameter!r} of {where(function if call is task else call)} "
             f"cannot be resolved for a task: {error}"
         ) from error
 
@@ -193,7 +193,7 @@ def refuse_requests(
             needed = get_dependant(path="", call=overrides[needed.call])
         for what, parameter in request_parts(needed):
             raise TaskDefinitionError(
-                f"{name_of(function)}: its dependency {name_of(needed.call)} needs {what} "
+                f"{where(function)}: its dependency {where(needed.call)} needs {what} "
                 f"(parameter {parameter!r}), and a task has no request"
             )
         refuse_requests(function, needed, overrides)
@@ -220,8 +220,9 @@ def request_parts(dependant: Dependant) -> Iterator[tuple[str, str]]:
     yield from (("a request body", field.name) for field in dependant.body_params)
 
 
-def name_of(call: object) -> str:
+def where(call: object) -> str:
+    """Where a callable of any kind is written, for messages."""
     while isinstance(call, functools.partial):
         call = call.func
     named = call if hasattr(call, "__qualname__") else type(call)
-    return f"{named.__module__}.{getattr(named, '__qualname__', '?')}"
+    return f"{getattr(named, '__module__', None)}.{getattr(named, '__qualname__', '?')}"

@@ -160,19 +160,20 @@ class Dispatcher:
     def _begin(self, task: Claimed) -> None:
         definition = self._registry.for_task(task.task_id, task.name)
         kind = task.executor if definition is None else definition.executor
-        running = Running(self._runner.attempt(task), kind)
-        self._running[task.attempt_id] = running
-        self._used[kind] += 1
+        running = self._enter(task, kind)
         try:
             self._launch(running, definition)
         except Exception as error:  # noqa: BLE001 - the net under user code: a task factory of its own, say
             self._ended(running, self._runner.broken(running.attempt, error))
 
     def _give_back(self, task: Claimed) -> None:
-        running = Running(self._runner.attempt(task), task.executor)
-        self._running[task.attempt_id] = running
-        self._used[running.kind] += 1
+        running = self._enter(task, task.executor)
         self._ended(running, self._runner.given_back(running.attempt))
+
+    def _enter(self, task: Claimed, kind: str) -> Running:
+        running = self._running[task.attempt_id] = Running(self._runner.attempt(task), kind)
+        self._used[kind] += 1
+        return running
 
     def _launch(self, running: Running, definition: TaskDefinition | None) -> None:
         task = running.attempt.task

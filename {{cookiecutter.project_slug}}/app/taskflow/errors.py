@@ -10,6 +10,7 @@ import inspect
 import math
 import signal
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 from .texts import HERE_ONLY, cut
@@ -178,10 +179,14 @@ def text_of(value: object) -> str:
         return type.__dict__["__name__"].__get__(type(value))  # type: ignore[no-any-return]
 
 
-def trace_text(error: BaseException, frames: TracebackType | None) -> str:
-    """As Python prints it, but that long messages are cut: the frames above them say more."""
-    parts = traceback.format_exception(type(error), error, frames)
-    return "".join(part if len(part) <= LONGEST_PART else cut(part, LONGEST_PART) + "\n" for part in parts)
+def trace_text(error: BaseException, begin: Callable[[TracebackType | None], TracebackType | None]) -> str:
+    """As Python prints it, from the frame on that `begin` picks; long messages are cut, because the frames above them
+    say more. Raises nothing, whatever the error's class does."""
+    try:
+        parts = traceback.format_exception(type(error), error, begin(error.__traceback__))
+        return "".join(part if len(part) <= LONGEST_PART else cut(part, LONGEST_PART) + "\n" for part in parts)
+    except BaseException as broken:  # noqa: BLE001 - user code: an error class whose own attributes raise
+        return f"the traceback cannot be shown: {type(broken).__name__}\n"
 
 
 def _ending(exit_code: int | None) -> str:

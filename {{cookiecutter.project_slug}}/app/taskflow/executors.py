@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from types import AsyncGeneratorType, GeneratorType, MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
@@ -137,12 +137,17 @@ async def awaited(value: Any) -> Any:
     return consumed(value)
 
 
-def awaited_on(loop: asyncio.AbstractEventLoop, value: Any) -> Any:
-    """The same from a thread: the event loop runs what the function returned, and the thread waits."""
+def completed(value: Any, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> Any:
+    """The same off the event loop: `run` brings a coroutine to its end."""
+    return run(awaited(value)) if is_awaitable(value) else consumed(value)
+
+
+def done_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any]) -> Any:
+    """What the event loop makes of it, in the context of the calling thread, which waits."""
     context = contextvars.copy_context()
 
     async def within() -> Any:
-        return await loop.create_task(awaited(value), context=context)
+        return await loop.create_task(work, context=context)
 
     return asyncio.run_coroutine_threadsafe(within(), loop).result()
 

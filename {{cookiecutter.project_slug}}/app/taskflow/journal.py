@@ -15,7 +15,8 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from time import monotonic
@@ -162,6 +163,15 @@ class Journal:
         self._wake, self._answered = asyncio.Event(), asyncio.Event()
         self._thread = threading.get_ident()
         self._loop.start()
+
+    @asynccontextmanager
+    async def alone(self, name: str) -> AsyncIterator[None]:
+        """Started for a moment, in a process that is no instance: `name` stands in the events for who wrote."""
+        self.start(name)
+        try:
+            yield
+        finally:
+            await self.stop()
 
     async def ready(self) -> None:
         """Returns after the next committed turn: the backend is open and takes writes."""

@@ -27,13 +27,23 @@ from .clock import Clock
 from .context import CarriedContexts
 from .dependencies import Injector
 from .dispatcher import Dispatcher
-from .errors import TaskDefinitionError, TaskflowError
+from .errors import TaskflowError
 from .executors import AsyncExecutor, Executor, ThreadExecutor
 from .host import install_error_handlers, join_lifespan
 from .housekeeping import LEASE_SECONDS, Housekeeping, introduce
 from .journal import Journal
 from .loggers import FileLogger
-from .models import DEFAULT_QUEUE, ExecutorKind, QueueConfig, RetryOn, ScheduledOnce, TaskConfig, TaskOptions
+from .models import (
+    DEFAULT_QUEUE,
+    ExecutorKind,
+    QueueConfig,
+    RetryOn,
+    ScheduledOnce,
+    TaskConfig,
+    TaskOptions,
+    is_finite,
+    require,
+)
 from .observers import ObserverChain
 from .options import AddOptions
 from .processes import ProcessExecutor, refuse_in_starting_worker
@@ -92,19 +102,19 @@ class TaskManager:
         max_size: int | None = None,
         retry_replaces_original: bool = True,
     ) -> None:
-        limits = (max_concurrent_tasks, max_sync_threads, max_process_workers)
-        for option, limit in zip(
-            ("max_concurrent_tasks", "max_sync_threads", "max_process_workers"), limits, strict=True
+        for option, limit in (
+            ("max_concurrent_tasks", max_concurrent_tasks),
+            ("max_sync_threads", max_sync_threads),
+            ("max_process_workers", max_process_workers),
         ):
-            check_option(option, limit, limit is None or (isinstance(limit, int) and limit >= 1), "None or 1 and more")
+            require(limit is None or (isinstance(limit, int) and limit >= 1), option, limit, "None or 1 and more")
         for option, seconds in (
             ("shutdown_timeout", shutdown_timeout),
             ("process_shutdown_timeout", process_shutdown_timeout),
             ("snapshot_interval", snapshot_interval),
-            ("retention_days", 1 if retention_days is None else retention_days),
+            ("retention_days", 0 if retention_days is None else retention_days),
         ):
-            fits = isinstance(seconds, int | float) and 0 <= seconds < float("inf")
-            check_option(option, seconds, fits, "a finite number, 0 or more")
+            require(is_finite(seconds) and seconds >= 0, option, seconds, "a finite number, 0 or more")
         self.snapshot_interval = snapshot_interval
         self.shutdown_timeout = shutdown_timeout
         self.registry = TaskRegistry()
@@ -448,18 +458,13 @@ def task_config(**options: Unpack[TaskOptions]) -> TaskConfig:
     return TaskConfig(**given)
 
 
-def check_option(option: str, value: object, fits: bool, rule: str) -> None:
-    if not fits:
-        raise TaskDefinitionError(f"{option}={value!r}: must be {rule}")
-
-
 def declared_queues(queues: Mapping[str, QueueConfig] | None, max_size: int | None) -> dict[str, QueueConfig]:
     """Named queues, and the default one where `max_size` limits it. Raises TaskDefinitionError."""
-    check_option("queues", queues, queues is None or isinstance(queues, Mapping), "a dict of names and QueueConfigs")
+    require(queues is None or isinstance(queues, Mapping), "queues", queues, "a dict of names and QueueConfigs")
     declared = dict(queues or {})
     for name, queue in declared.items():
         fits = isinstance(name, str) and bool(name) and isinstance(queue, QueueConfig)
-        check_option(f"queues[{name!r}]", queue, fits, "a QueueConfig under a name")
+        require(fits, f"queues[{name!r}]", queue, "a QueueConfig under a name")
     if max_size is not None:
         declared.setdefault(DEFAULT_QUEUE, QueueConfig(max_size=max_size))
     return declared

@@ -145,13 +145,13 @@ class TaskConfig:
             if name is not None:
                 _checked(option, name, name_text)
         object.__setattr__(self, "tags", _checked("tags", self.tags, tag_texts))
-        _require(isinstance(self.retries, int) and self.retries >= 0, "retries", self.retries, "0 or more")
-        _require(self.retries <= MOST_RETRIES, "retries", self.retries, f"at most {MOST_RETRIES:,}")
-        _require(_finite(self.delay) and self.delay >= 0, "delay", self.delay, "0 or more seconds")
-        _require(_finite(self.backoff) and self.backoff > 0, "backoff", self.backoff, "above 0")
+        require(isinstance(self.retries, int) and self.retries >= 0, "retries", self.retries, "0 or more")
+        require(self.retries <= MOST_RETRIES, "retries", self.retries, f"at most {MOST_RETRIES:,}")
+        require(is_finite(self.delay) and self.delay >= 0, "delay", self.delay, "0 or more seconds")
+        require(is_finite(self.backoff) and self.backoff > 0, "backoff", self.backoff, "above 0")
         for option, value in (("max_delay", self.max_delay), ("timeout", self.timeout)):
-            _require(value is None or (_finite(value) and value > 0), option, value, "None or above 0 seconds")
-        _require(
+            require(value is None or (is_finite(value) and value > 0), option, value, "None or above 0 seconds")
+        require(
             self.executor in (None, "async", "thread", "process"), "executor", self.executor, "async, thread or process"
         )
         for option, value in (
@@ -160,9 +160,9 @@ class TaskConfig:
             ("persist", self.persist),
             ("requeue_on_interrupt", self.requeue_on_interrupt),
         ):
-            _require(isinstance(value, bool), option, value, "True or False")
-        _require(is_retry_policy(self.retry_on), "retry_on", self.retry_on, "exception classes or a function")
-        _require(
+            require(isinstance(value, bool), option, value, "True or False")
+        require(is_retry_policy(self.retry_on), "retry_on", self.retry_on, "exception classes or a function")
+        require(
             self.priority is None or (isinstance(self.priority, int) and abs(self.priority) < 2**31),
             "priority",
             self.priority,
@@ -199,8 +199,8 @@ class QueueConfig:
 
     def __post_init__(self) -> None:
         for option, value in (("concurrency", self.concurrency), ("max_size", self.max_size)):
-            _require(value is None or (isinstance(value, int) and value >= 1), option, value, "None or 1 and more")
-            _require((value or 0) < 2**31, option, value, "a 32-bit integer")
+            require(value is None or (isinstance(value, int) and value >= 1), option, value, "None or 1 and more")
+            require((value or 0) < 2**31, option, value, "a 32-bit integer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,10 +441,10 @@ def _checked(option: str, value: object, rule: Callable[[object], T]) -> T:
         raise TaskDefinitionError(f"{option}={value!r}: {error}") from error
 
 
-def _finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
     return isinstance(value, int | float) and abs(value) < float("inf")
 
 
-def _require(holds: bool, option: str, value: object, rule: str) -> None:
+def require(holds: bool, option: str, value: object, rule: str) -> None:
     if not holds:
         raise TaskDefinitionError(f"{option}={value!r}: must be {rule}")

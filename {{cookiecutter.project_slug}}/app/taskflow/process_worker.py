@@ -22,12 +22,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from . import codec
 from .context import TaskContext, current
 from .errors import TaskflowError, UnknownFunction, signal_of, text_of, trace_text
-from .executors import Call, awaited, consumed, is_awaitable
+from .executors import Call, completed
 from .models import TaskConfig
 from .registry import TaskDefinition, TaskRegistry
 from .texts import fields_text
@@ -102,9 +103,7 @@ def answer(request: Request, pipe: Connection, registry: TaskRegistry) -> Return
     try:
         function = Call(definition_of(request, registry), request.arguments, context).bound()
         pipe.send(Began())
-        value = function()
-        value = asyncio.run(awaited(value)) if is_awaitable(value) else consumed(value)
-        return Returned(stored(value, context))
+        return Returned(stored(completed(function(), asyncio.run), context))
     except BaseException as error:  # noqa: BLE001 - user code: SystemExit is that task's failure
         return raised(error)
     finally:
@@ -172,13 +171,13 @@ def raised(error: BaseException) -> Raised:
 
 def trace_of(error: BaseException) -> str:
     """As Python prints it, from the user's function on."""
-    try:
-        frames = error.__traceback__
-        while frames is not None and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
-            frames = frames.tb_next
-        return trace_text(error, frames)[-LONGEST_TRACE:]
-    except BaseException as broken:  # noqa: BLE001 - user code: an error class whose own attributes raise
-        return f"the traceback cannot be shown: {type(broken).__name__}\n"
+    return trace_text(error, without_ours)[-LONGEST_TRACE:]
+
+
+def without_ours(frames: TracebackType | None) -> TracebackType | None:
+    while frames is not None and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return frames
 
 
 def packed(error: BaseException) -> bytes | None:

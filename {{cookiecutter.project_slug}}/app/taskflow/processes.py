@@ -33,12 +33,13 @@ from typing import Any, NamedTuple
 
 from . import codec
 from .context import TaskContext
+from .dependencies import where
 from .errors import TaskflowError, WorkerError, WorkerLost
 from .executors import Call
 from .loops import until
 from .models import ExecutorKind
 from .process_worker import Began, Progressed, Raised, Request, Returned, Said, hold_signals, work
-from .registry import TaskFunction, where
+from .registry import TaskFunction
 
 START_TIME = 120.0
 """Seconds in which a worker must have imported the task's module. A task's own timeout counts from there."""

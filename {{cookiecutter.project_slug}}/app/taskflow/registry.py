@@ -18,11 +18,11 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
+from . import codec
 from .arguments import Arguments, Call
-from .dependencies import Dependencies, dependencies_of
+from .dependencies import Dependencies, dependencies_of, where
 from .errors import TaskDefinitionError, UnknownFunction, text_of
 from .models import ExecutorKind, TaskConfig
 from .texts import HERE_ONLY, LONGEST_NAME, cut, readable
@@ -67,14 +67,20 @@ class TaskDefinition:
         return self.arguments.decode(stored)
 
 
+class HeldCall(NamedTuple):
+    """A call that only this process can make, not before a monotonic time."""
+
+    definition: TaskDefinition
+    due: float
+
+
 class TaskRegistry:
     def __init__(self) -> None:
         self._by_name: dict[str, TaskDefinition] = {}
         self._by_function: dict[int, TaskDefinition] = {}
         """By the identity of the function: callable objects need not be hashable."""
-        self._here: dict[str, TaskDefinition] = {}
-        """Task id -> a call that only this process can make."""
-        self._due: dict[str, float] = {}
+        self._here: dict[str, HeldCall] = {}
+        """By task id."""
         self._sought: set[str] = set()
         self.executors: dict[str, str] = {}
         """Task name -> executor kind: what a claim needs to know."""
@@ -176,22 +182,22 @@ class TaskRegistry:
 
     def keep(self, task_id: str, call: TaskDefinition, due: float) -> None:
         """A call that only this process can make, not before a monotonic time; kept until `forget`."""
-        self._here[task_id] = call
-        if due > monotonic():
-            self._due[task_id] = due
+        self._here[task_id] = HeldCall(call, due)
 
     def forget(self, task_id: str) -> None:
         self._here.pop(task_id, None)
-        self._due.pop(task_id, None)
 
     def is_here(self, task_id: str) -> bool:
         return task_id in self._here
 
     def due(self, task_id: str) -> float:
-        return self._due.get(task_id, 0.0)
+        """The monotonic time before which a task must not start; that of most is stored, and has come."""
+        call = self._here.get(task_id)
+        return call.due if call else 0.0
 
     def for_task(self, task_id: str, name: str) -> TaskDefinition | None:
-        return self._here.get(task_id) or self._by_name.get(name)
+        call = self._here.get(task_id)
+        return call.definition if call else self._by_name.get(name)
 
     def __contains__(self, name: str) -> bool:
         return self.get(name) is not None
@@ -208,7 +214,7 @@ class HeldArguments:
     kwargs: Mapping[str, Any]
 
     def encode(self, _args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> str:
-        return "[[],{}]"
+        return codec.NO_ARGUMENTS
 
     def decode(self, _stored: str) -> Call:
         return self.args, dict(self.kwargs)
@@ -322,18 +328,9 @@ def arguments_by_name(function: TaskFunction) -> Mapping[str, inspect.Parameter]
     return {name: parameter for name, parameter in found.items() if parameter.kind in kinds}
 
 
-def where(function: TaskFunction) -> str:
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    return f"{module}.{name}" if module and name else text_of(function)
-
-
 def described(function: object) -> str:
     """A callable of any kind, in words that stand for no function that could be imported."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    kind = function if hasattr(function, "__qualname__") else type(function)
-    name = readable(f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}")
-    return cut(name, LONGEST_NAME - len(HERE_ONLY)) + HERE_ONLY
+    return cut(readable(where(function)), LONGEST_NAME - len(HERE_ONLY)) + HERE_ONLY
 
 
 # -- functions by their stored names

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from .cipher import Cipher, Place, PlainText
 from .context import BoundedWords, TaskContext, TaskSink, current
 from .dependencies import Injector
 from .errors import CancelTask, RetryLater, UnreadableCall, signal_of, text_of, trace_text
-from .executors import Call, Executor, awaited_on, carried, consumed, is_a, is_awaitable
+from .executors import Call, Executor, carried, completed, done_on, is_a
 from .models import EventKind, TaskConfig, TaskStatus
 from .registry import TaskDefinition, TaskRegistry
 from .retry import LONGEST_DELAY, seconds_until_retry
@@ -148,8 +149,8 @@ class Runner:
     def _outcome_here(self, attempt: Attempt, definition: TaskDefinition, loop: asyncio.AbstractEventLoop) -> Outcome:
         current.set(attempt.context)
         try:
-            value = Call(definition, self._arguments(attempt.task), attempt.context).bound()()
-            value = awaited_on(loop, value) if is_awaitable(value) else consumed(value)
+            call = Call(definition, self._arguments(attempt.task), attempt.context)
+            value = completed(call.bound()(), partial(done_on, loop))
         except BaseException as error:  # noqa: BLE001 - user code
             return outcome_of(carried(error), attempt)
         finally:
@@ -285,10 +286,7 @@ def failed(task: Claimed, error: BaseException, retry_at: datetime | None, now: 
 def stack_of(error: BaseException) -> str:
     """The traceback from the task's function on. How the task system got there tells its reader nothing, and takes as
     long to format as the rest."""
-    try:
-        return trace_text(error, without_ours(error.__traceback__))
-    except BaseException as broken:  # noqa: BLE001 - user code: an error class whose own attributes raise
-        return f"the traceback cannot be shown: {type(broken).__name__}\n"
+    return trace_text(error, without_ours)
 
 
 def without_ours(frames: TracebackType | None) -> TracebackType | None:

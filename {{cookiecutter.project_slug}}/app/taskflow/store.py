@@ -171,7 +171,7 @@ class TaskStore:
                 "function at the top level of a module with @task_manager.task and give it what can be stored",
                 definition.name,
             )
-        draft = self._drafted(definition, "[[],{}]", options)._replace(here=True)
+        draft = self._drafted(definition, definition.encode(args, kwargs), options)._replace(here=True)
         wait = (draft.run_at - draft.created_at).total_seconds()
         self._registry.keep(draft.task_id, definition, monotonic() + wait)
         return draft
@@ -284,11 +284,8 @@ class TaskStore:
         wait_for(self.accept(drafts), loop)
 
     async def _accept_alone(self, drafts: Sequence[Draft]) -> None:
-        self._journal.start("script")
-        try:
+        async with self._journal.alone("script"):
             await self.accept(drafts)
-        finally:
-            await self._journal.stop()
 
     # -- questions
 
@@ -442,7 +439,7 @@ class TaskStore:
             max_attempts=definition.max_attempts,
             created_at=now,
             run_at=now,
-            arguments=record.arguments or "[[],{}]",
+            arguments=record.arguments or codec.NO_ARGUMENTS,
             tags=record.tags,
             requeue=definition.config.requeue_on_interrupt,
             retry_of=record.task_id,
@@ -565,7 +562,7 @@ class TaskStore:
     def arguments(self, record: TaskRecord) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The stored call of a record, as plain values. Raises ValueError when it cannot be read, or is encrypted:
         what was sealed is for the task alone."""
-        return codec.decode_call(record.arguments or "[[],{}]")
+        return codec.decode_call(record.arguments or codec.NO_ARGUMENTS)
 
     async def with_calls(self, one_offs: Sequence[ScheduledOnce]) -> list[ScheduledOnce]:
         """The same one-offs with what their functions will get; with nothing where that cannot be read."""

@@ -230,7 +230,7 @@ async def test_an_old_attempt_that_ends_last_is_refused_and_the_result_stays(twi
     await twice.begin()
     twice.gates[1].set()
     assert await twice.manager.result(twice.task_id, PATIENCE) == 1
-    assert twice.manager.dispatcher.running == 1
+    await eventually(lambda: twice.manager.dispatcher.running == 1)
     twice.gates[0].set()
     await eventually(lambda: twice.manager.dispatcher.running == 0)
     assert await twice.kinds() == ["accepted", "started", "rescued", "started", "succeeded", "lease_lost"]

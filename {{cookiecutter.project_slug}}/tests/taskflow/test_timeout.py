@@ -181,7 +181,7 @@ async def test_a_task_that_waits_after_its_timeout_holds_no_slot(start_manager: 
     assert await manager.result(sibling, PATIENCE) == 2
     record = await manager.store.get(slow)
     assert (record.status, record.error) == (TaskStatus.PENDING, "timed out after 0.15 s")
-    assert manager.dispatcher.running == 0
+    await eventually(lambda: manager.dispatcher.running == 0)
     await assert_counters_match_rows(manager.backend, manager.clock())
 
 

@@ -73,7 +73,6 @@ class Room:
     """What may still be claimed in this turn: free slots of executors, and what each queue allows, counted down."""
 
     def __init__(self, demand: Demand, queues: Mapping[str, QueueState], levels: Levels) -> None:
-        self._names = demand.names
         self.names = demand.names
         self._slots = {kind: free for kind, free in demand.slots.items() if free > 0}
         self._queues = queues
@@ -81,11 +80,11 @@ class Room:
 
     def startable(self, names: Collection[str]) -> set[str]:
         """Those names that this instance knows and has a slot for."""
-        return {name for name in names if self._names.get(name) in self._slots}
+        return {name for name in names if self.names.get(name) in self._slots}
 
     def kinds(self, names: Collection[str]) -> set[str]:
         """The executors of these names."""
-        return {self._names.get(name, "") for name in names}
+        return {self.names.get(name, "") for name in names}
 
     def free(self, queue: str, names: Collection[str]) -> int:
         """How many tasks of these names may be taken from that queue."""
@@ -94,7 +93,7 @@ class Room:
 
     def take(self, queue: str, name: str) -> bool:
         """One slot for a task of that name, if there is one."""
-        kind = self._names.get(name, "")
+        kind = self.names.get(name, "")
         if kind not in self._slots or self._allowed(queue) <= 0:
             return False
         self._slots[kind] -= 1
