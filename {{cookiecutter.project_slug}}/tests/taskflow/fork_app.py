@@ -48,12 +48,12 @@ async def live(manager: TaskManager, folder: str, *, first: bool) -> None:
     try:
         await manager.startup()
     except TaskflowError as error:
-        print(error, flush=True)
+        print(f"{error}\n", end="", flush=True)  # one write: both workers write to one pipe
         return
     await use(manager)
     if first:
         await manager.enqueue(manager.registry.named("again").function, folder)
-    print(f"ready {os.getpid()} {manager.instance_id}", flush=True)
+    print(f"ready {os.getpid()} {manager.instance_id}\n", end="", flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await manager.shutdown()
 
