@@ -98,6 +98,10 @@ class BackendUnavailable(TaskflowError):
         super().__init__(f"the task backend is unavailable: {reason}")
 
 
+class OutcomeUnknown(BackendUnavailable):
+    """The database went away while it committed: it will say later whether it did."""
+
+
 class BadSchedule(TaskDefinitionError):
     """A schedule that cannot be: refused where it is written."""
 

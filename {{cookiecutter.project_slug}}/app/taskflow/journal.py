@@ -22,6 +22,8 @@ from datetime import datetime
 from time import monotonic
 from typing import Any, Protocol
 
+import uuid_utils
+
 from .backends.base import (
     Answer,
     AttemptId,
@@ -36,7 +38,7 @@ from .backends.base import (
     TurnResult,
 )
 from .context import TaskContext
-from .errors import BackendUnavailable, QueueFullError, TaskflowError
+from .errors import BackendUnavailable, OutcomeUnknown, QueueFullError, TaskflowError
 from .loops import Loop, is_cancelled, pause_after, until
 from .models import QueueState
 from .texts import clean, fields_text
@@ -48,6 +50,8 @@ REFUSE_INTERVAL = 0.1
 """Seconds between looks for callers whose time is up, while a turn takes longer than that."""
 POLL_INTERVAL = 1.0
 """Seconds after which a turn looks for work that nobody announced."""
+LONGEST_DOUBT = 30.0
+"""Seconds, beyond its time, that somebody waits to hear whether a commit was made whose answer was lost."""
 MOST_WAITING = 10_000
 """Drafts, and log lines, that wait for a turn; while the database stalls, more are refused, or push out the oldest."""
 MOST_DRAFTS_PER_TURN = 1_000
@@ -97,6 +101,8 @@ class Batch:
     progress: list[Progress] = field(default_factory=list)
     waiting: list[Waiting] = field(default_factory=list)
     finishes: list[Finish] = field(default_factory=list)
+    turn_id: str = field(default_factory=lambda: str(uuid_utils.uuid7()))
+    """Of the turn that carries it, however often that is tried."""
 
     @property
     def size(self) -> int:
@@ -122,6 +128,7 @@ class Journal:
         self._clock = clock
         self._worker: Worker | None = None
         self._opened = False
+        self._is_alone = False
         self._loop = Loop("journal", self._round)
         self._wake = asyncio.Event()
         self._event_loop: asyncio.AbstractEventLoop | None = None
@@ -138,6 +145,10 @@ class Journal:
         """Monotonic time at which the turn now under way began; infinite between turns."""
         self._answered = asyncio.Event()
         self._failures = 0
+        self._unsure = False
+        """Whether tasks may have been claimed for this instance of which it was not told."""
+        self._doubtful: Batch | None = None
+        """What a turn carried that may have been made: nothing else is written before that is known."""
         self._suspects: deque[Batch] = deque()
         """Parts of a turn that failed because of what it carried, each to be tried alone."""
         self._more = False
@@ -167,11 +178,13 @@ class Journal:
     @asynccontextmanager
     async def alone(self, name: str) -> AsyncIterator[None]:
         """Started for a moment, in a process that is no instance: `name` stands in the events for who wrote."""
+        self._is_alone = True
         self.start(name)
         try:
             yield
         finally:
             await self.stop()
+            self._is_alone = False
 
     async def ready(self) -> None:
         """Returns after the next committed turn: the backend is open and takes writes."""
@@ -189,7 +202,7 @@ class Journal:
     async def flush(self, deadline: float) -> None:
         """Writes what waits, until the monotonic `deadline`."""
         while monotonic() < deadline:
-            if self._suspects or self._finishes or self._waiting or self._logs:
+            if self._tries_again or self._finishes or self._waiting or self._logs:
                 self.wake()
             elif not self._turning:
                 return
@@ -201,9 +214,10 @@ class Journal:
         await self.turned(deadline)
         await self._loop.stop()
         self._event_loop = None
-        for batch in self._suspects:
+        for batch in [*self._suspects, *([self._doubtful] if self._doubtful else [])]:
             self._put_back(batch)
         self._suspects.clear()
+        self._doubtful = None
         while self._waiting:
             settle(self._waiting.popleft(), BackendUnavailable("the service stopped"))
         if self._finishes:
@@ -316,6 +330,10 @@ class Journal:
         batch = self._collect()
         try:
             result = await self._answer(batch)
+        except OutcomeUnknown as error:
+            self._doubtful = batch
+            self._away(error.reason)
+            await self._pause()
         except BackendUnavailable as error:
             self._put_back(batch)
             self._away(error.reason)
@@ -357,15 +375,21 @@ class Journal:
         except TaskflowError as error:  # a newer schema, say: nothing can be stored until other code comes
             raise error if isinstance(error, BackendUnavailable) else BackendUnavailable(str(error)) from error
         self._opened = True
+        if not self._is_alone:
+            self._backend.listen(self.wake)
 
     async def _until_needed(self) -> None:
-        if not (self._wake.is_set() or self._more or self._suspects or self._waiting or self._finishes):
+        if not (self._wake.is_set() or self._more or self._tries_again or self._waiting or self._finishes):
             try:
                 async with asyncio.timeout(self._seconds_to_next_look()):
                     await self._wake.wait()
             except TimeoutError:
                 pass
         self._wake.clear()
+
+    @property
+    def _tries_again(self) -> bool:
+        return bool(self._suspects) or self._doubtful is not None
 
     async def _gather(self) -> None:
         """While the event loop is at work on requests that bring more, it is not robbed of the interpreter: one turn
@@ -405,8 +429,13 @@ class Journal:
         now = monotonic()
         while self._stalled and self._waiting and self._waiting[0].deadline <= now:
             settle(self._waiting.popleft(), BackendUnavailable(self.last_error or "no answer"))
+        for waiting in self._doubtful.waiting if self._doubtful else ():
+            if waiting.deadline + LONGEST_DOUBT <= now:
+                settle(waiting, BackendUnavailable("the answer to the commit was lost: it may have been made"))
 
     def _collect(self) -> Batch:
+        if self._doubtful is not None:
+            return self._doubtful
         if self._suspects:
             return self._suspects.popleft()
         finishes, self._finishes = self._finishes, []
@@ -433,13 +462,15 @@ class Journal:
             logs=batch.logs,
             progress=batch.progress,
             demand=self._worker.demand(batch.finishes) if self._worker else None,
-            held=self._worker.held() if self._worker and self._failures else None,
+            turn_id=batch.turn_id if batch.size else "",
+            held=self._worker.held() if self._worker and self._unsure and batch is not self._doubtful else None,
         )
 
     def _written(self, batch: Batch, result: TurnResult) -> None:
         if self._failures:
             logger.warning("the task backend answers again after %d failed tries", self._failures)
         self._failures, self.last_error = 0, None
+        self._unsure, self._doubtful = batch is self._doubtful, None
         self._more, self._next_due, self.queues = result.more, result.next_due, result.queues
         self.last_turn = monotonic()
         self._answered.set()
@@ -452,6 +483,8 @@ class Journal:
         if batch.logs:
             for hears in self.log_listeners:
                 hears(batch.logs)
+        if result.left:
+            self._backend.announce()
         if batch.size or result.claimed:
             for listener in self.listeners:
                 listener(batch.finishes, result)
@@ -467,7 +500,7 @@ class Journal:
         if not self._failures:
             logger.error("the task backend is away (%s); results are kept and tried again", reason)
         self._failures += 1
-        self._more = False
+        self._unsure, self._more = True, False
         self.last_error = reason
 
     def _isolate(self, batch: Batch, error: Exception) -> None:

@@ -55,6 +55,10 @@ class FakeBackend:
         self.turns.append(turn)
         return self.result(turn)
 
+    def listen(self, wake: Callable[[], None]) -> None: ...
+
+    def announce(self) -> None: ...
+
     def go_away(self) -> None:
         self.refuse = lambda turn: BackendUnavailable("away")
 

@@ -206,8 +206,8 @@ async def test_no_statement_of_daily_life_walks_through_a_table_that_grows(file:
 @pytest.mark.parametrize(
     ("words", "index"),
     [
-        ("SELECT DISTINCT taskflow_task.schedule", "taskflow_live_runs"),
-        ("taskflow_task.run_key = :run_key", "taskflow_run_key"),
+        ("SELECT DISTINCT schedule FROM taskflow_task", "taskflow_live_runs"),
+        ("run_key = :run_key", "taskflow_run_key"),
         ("ORDER BY taskflow_task.run_at, taskflow_task.task_id\n LIMIT", "taskflow_one_offs"),
         ("taskflow_task.schedule = :schedule_1 ORDER", "taskflow_runs"),
         ("kind = 'tick_skipped' AND", "taskflow_skips"),

@@ -13,7 +13,7 @@ from sqlalchemy.exc import ArgumentError
 from ..errors import TaskDefinitionError
 from .base import Backend
 
-SCHEMES = ("sqlite",)
+SCHEMES = ("sqlite", "postgresql", "redis", "rediss")
 
 
 def open_backend(location: str | None) -> Backend:
@@ -27,6 +27,14 @@ def open_backend(location: str | None) -> Backend:
             from .sqlite import SqliteBackend
 
             return SqliteBackend(url)
+        case "redis" | "rediss":
+            from .redis import RedisBackend
+
+            return RedisBackend(url.render_as_string(hide_password=False))
+        case "postgresql":
+            from .postgres import PostgresBackend
+
+            return PostgresBackend(url)
         case scheme:
             raise TaskDefinitionError(
                 f"{url.render_as_string()}: no backend for {scheme!r}, only for {', '.join(SCHEMES)}"

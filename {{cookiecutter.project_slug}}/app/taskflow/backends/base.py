@@ -8,7 +8,7 @@ because a frozen dataclass takes five times as long to make.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, Protocol
@@ -358,6 +358,8 @@ class Turn:
     logs: Sequence[LogLine] = ()
     progress: Sequence[Progress] = ()
     demand: Demand | None = None
+    turn_id: str = ""
+    """The same when it is tried again, other than that of any other turn."""
     held: frozenset[AttemptId] | None = None
     """After a turn of unknown outcome: what this instance knows it runs. Other attempts that carry its lease are
     handed out again, since they were claimed but never started."""
@@ -402,6 +404,8 @@ class TurnResult:
     """When the next waiting task becomes due."""
     queues: Mapping[str, QueueState] = field(default_factory=dict)
     """Queues that have limits, with `pending` as this turn left it."""
+    left: bool = False
+    """Whether tasks became ready that this instance did not start: others may want to know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,7 +463,16 @@ class Backend(Protocol):
 
     async def close(self) -> None: ...
 
-    async def turn(self, turn: Turn) -> TurnResult: ...
+    async def turn(self, turn: Turn) -> TurnResult:
+        """Raises OutcomeUnknown where it cannot be told whether it was made: until it can, only the same turn may be
+        tried again."""
+
+    # -- news: a convenience under which a poll always goes on
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Has `wake` called, from any thread, when another process may have left work. Ends with `close`."""
+
+    def announce(self) -> None:
+        """Tells the other processes that there is work. Never waits."""
 
     # -- instances: called from the heartbeat's own thread, on a connection of its own
     def beat(self, instance: Instance, beat: Beat) -> None: ...

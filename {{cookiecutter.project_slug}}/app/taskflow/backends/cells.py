@@ -18,6 +18,7 @@ from sqlalchemy.engine import Row as StoredRow
 from ..models import LAST_MICROS
 from ..texts import clean, readable
 from . import tables
+from .changes import FACTS, StoredQueue, StoredSchedule, StoredTask
 
 MOMENTS = {
     "at",
@@ -67,8 +68,10 @@ def is_sound(name: str, cell: object) -> bool:
     return name not in MOMENTS or not isinstance(cell, int) or 0 <= cell <= LAST_MICROS
 
 
-def mended(row: StoredRow[Any]) -> tuple[Any, Sequence[str]]:
+def mended(row: StoredRow[Any] | SimpleNamespace) -> tuple[Any, Sequence[str]]:
     """A row that can be shown, and the columns where something stands for what was found."""
+    if isinstance(row, SimpleNamespace):  # of a store whose cells have types
+        return row, ()
     broken = unreadable(row._fields, row)
     if not broken:
         return row, ()
@@ -99,5 +102,24 @@ def raw(cell: object) -> bytes:
     return cell if isinstance(cell, bytes) else str(cell).encode("utf-8", "surrogateescape")
 
 
-def broken_words(broken: Iterable[str]) -> str:
-    return f"broken row: its {', '.join(broken)} cannot be read"
+def stored_task(cells: Sequence[Any]) -> StoredTask:
+    """From the columns of `FACTS`. One that cannot be read says which of them are broken."""
+    broken = unreadable(FACTS, cells)
+    if not broken:
+        return StoredTask(*cells)
+    return StoredTask(*whole(FACTS, cells))._replace(broken=broken, raw_id=raw(cells[0]))
+
+
+def stored_queue(cells: Sequence[Any]) -> StoredQueue:
+    """A limit that cannot be read is none."""
+    return StoredQueue(*whole(StoredQueue._fields, cells))
+
+
+def stored_schedule(cells: Sequence[Any]) -> StoredSchedule:
+    names = StoredSchedule._fields[:-1]
+    return StoredSchedule(*whole(names, cells))._replace(broken=bool(unreadable(names, cells)))
+
+
+def whole(names: Sequence[str], cells: Sequence[Any]) -> list[Any]:
+    """The cells, with something that stands for each that cannot be read."""
+    return [cell if is_sound(name, cell) else stand_in(name, cell) for name, cell in zip(names, cells, strict=True)]

@@ -1,4 +1,4 @@
-"""The statement behind a page of tasks.
+"""The questions that pages and housekeeping ask an SQL database.
 
 Owns how a filter becomes walks down indexes. The invariant: a page costs what it shows, however many rows there are.
 """
@@ -11,13 +11,44 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ..models import DELAYED, Cursor, TaskFilter, TaskStatus, to_micros
-from .tables import task
+from ..models import Cursor, TaskFilter, to_micros
+from .search import SEARCH_WINDOW
+from .stored import stored_names
+from .tables import WAITING, instance, schedule, task
 
-SEARCH_WINDOW = 100_000
-"""A search by something that has no index looks at this many of the newest tasks."""
 HEAVY_COLUMNS = ("arguments", "stacktrace")
 """Columns that a list of tasks leaves out."""
+
+
+def has_status(status: str) -> sa.ColumnElement[bool]:
+    """As a literal, because a partial index is only used where the statement itself shows its condition."""
+    found: sa.ColumnElement[bool] = task.c.status == sa.literal_column(f"'{status}'")
+    return found
+
+
+OWNERS = sa.select(task.c.instance).where(has_status("running"), task.c.instance.is_not(None)).distinct()
+RUNS_NOTHING = instance.c.instance_id.not_in(OWNERS)
+CANCELS = sa.select(task.c.task_id, task.c.attempt).where(
+    has_status("running"), task.c.instance == sa.bindparam("me"), task.c.cancel_requested.is_(True)
+)
+SCHEDULES = (
+    sa.select(schedule, task.c.status.label("last_status"))
+    .outerjoin_from(schedule, task, task.c.task_id == schedule.c.last_task_id)
+    .order_by(schedule.c.name)
+)
+ONE_OFFS = sa.select(task).where(task.c.run_key.is_not(None), sa.text(WAITING)).order_by(task.c.run_at, task.c.task_id)
+
+
+def live_instances() -> sa.Select[Any]:
+    """Who holds a lease or owns running tasks, whether it is known or not."""
+    holders = sa.select(instance.c.instance_id).where(instance.c.lease_until > 0, RUNS_NOTHING)
+    owner = sa.union_all(OWNERS, holders).subquery("live").c[0]
+    return sa.select(owner.label("owner"), instance).outerjoin_from(
+        owner.table, instance, instance.c.instance_id == owner
+    )
+
+
+LIVE_INSTANCES = live_instances()
 
 
 def page_statement(where: TaskFilter, before: Cursor | None, limit: int) -> sa.Select[Any]:
@@ -35,17 +66,8 @@ def page_statement(where: TaskFilter, before: Cursor | None, limit: int) -> sa.S
     return newest_first(found, merged.c, limit)
 
 
-def is_search(where: TaskFilter) -> bool:
-    """Whether it has to look through rows that it does not show."""
-    return bool(scanned_conditions(where, len(where.statuses)))
-
-
 def newest_first(statement: sa.Select[Any], columns: Any, limit: int) -> sa.Select[Any]:
     return statement.order_by(columns.created_at.desc(), columns.task_id.desc()).limit(limit)
-
-
-def stored_names(status: TaskStatus) -> tuple[str, ...]:
-    return (status, DELAYED) if status is TaskStatus.PENDING else (status,)
 
 
 def indexed_conditions(where: TaskFilter, before: Cursor | None) -> list[sa.ColumnElement[bool]]:
@@ -91,10 +113,10 @@ def scanned_conditions(where: TaskFilter, statuses: int) -> list[Callable[[Any],
         text = where.text
         conditions.append(
             lambda c: sa.or_(
-                c.name.contains(text, autoescape=True),
-                c.task_id.startswith(text, autoescape=True),
-                c.error.contains(text, autoescape=True),
-                c.tags.contains(json.dumps(text)[1:-1], autoescape=True),
+                c.name.icontains(text, autoescape=True),
+                c.task_id.istartswith(text, autoescape=True),
+                c.error.icontains(text, autoescape=True),
+                c.tags.icontains(json.dumps(text)[1:-1], autoescape=True),
             )
         )
     return conditions

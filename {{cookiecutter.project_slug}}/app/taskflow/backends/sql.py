@@ -1,8 +1,8 @@
 """The SQL backend: one turn as one transaction, and the reads.
 
-Owns connections, threads and the schema, for all SQL databases; `turn.py` writes a turn, `statements.py` and `pages.py`
-hold the SQL, `sqlite.py` and `postgres.py` say only what their dialect forces. Called by the journal (turns, one at a
-time, on the writer's thread), by the heartbeat's thread and by readers.
+Owns connections, threads and the schema, for all SQL databases; `sqlite.py` and `postgres.py` say what their dialect
+forces and how it shows and writes a turn, `pages.py` holds the questions. Called by the journal (turns, one at a time,
+on the writer's thread), by the heartbeat's thread and by readers.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -35,21 +34,24 @@ from ..models import (
     TaskFilter,
     TaskPage,
     TaskRecord,
-    TaskStatus,
     from_micros,
     to_micros,
 )
-from . import tables
+from ..rules.turns import decide, wants
+from . import enlisted, pages, tables
 from .base import AttemptId, Beat, Instance, Pulse, Turn, TurnResult
 from .cells import mended
-from .pages import is_search, page_statement
-from .room import QueueBook
-from .rows import event_of, log_of, one_off_of, record_of, schedule_of, shown_status
-from .statements import STAGE_BATCH, Prepared, Statements, has_status
+from .changes import STAGE_BATCH, Applied, Changes, Snapshot, Stale, Wants
+from .pages import has_status, page_statement
+from .rows import event_of, log_of, one_off_of, record_of, schedule_of
+from .search import is_search
+from .stored import counted, merged_counts
 from .tables import counter, event, log, revoked, task
-from .turn import Mistaken, TurnWriter
 
 T = TypeVar("T")
+
+MOST_TRIES = 5
+"""Of one turn, while other processes change what it is about."""
 
 MOST_SEARCHES = 20
 """That run or wait for one of the threads; each takes up to a second on a big table."""
@@ -65,38 +67,40 @@ class SqlBackend:
         self._write_engine, self._read_engine = self.create_engines()
         self._writer: Connection | None = None
         """Kept between turns, used on the writer's thread alone; given back after an error."""
-        self._statements = Statements(self)
-        self._book = QueueBook()
         self._turns = 0
 
     # -- what a dialect decides
 
-    @property
-    def dialect(self) -> sa.Dialect:
-        return self._write_engine.dialect
+    def listen(self, wake: Callable[[], None]) -> None: ...
+
+    def announce(self) -> None: ...
 
     def create_engines(self) -> tuple[Engine, Engine]:
         """Engines for writing (its transactions hold the write lock from the start) and for reading."""
         raise NotImplementedError
 
-    def expand(self, parameter: str, columns: Sequence[sa.Column[Any]]) -> sa.Subquery:
-        """The rows of a JSON array of arrays, as a table with these columns."""
-        raise NotImplementedError
-
-    def arriving(self, columns: Sequence[sa.Column[Any]]) -> sa.Subquery:
-        """The rows that a prepared statement is given, as a table with these columns. The first one is never NULL."""
-        return self.expand("rows", columns)
-
-    def prepare(self, statement: sa.Executable) -> Prepared:
-        return Prepared(statement, self.dialect)
-
-    def gather(self, rows: sa.Subquery) -> sa.ColumnElement[str]:
-        """All of these rows in their order, as one JSON array of arrays."""
-        raise NotImplementedError
-
     def insert(self, table: sa.Table) -> Any:
         """The dialect's INSERT, which knows ON CONFLICT."""
         raise NotImplementedError
+
+    def look(self, cursor: Any, wants: Wants) -> Snapshot:
+        """What the rules have to see, on the driver's cursor inside a transaction."""
+        raise NotImplementedError
+
+    def apply(self, cursor: Any, changes: Changes) -> Applied:
+        """Writes all of it in the same transaction. Raises Stale where something is not as it was taken for granted."""
+        raise NotImplementedError
+
+    def attempt(self, connection: Connection) -> AbstractContextManager[object]:
+        """Around what is written inside a transaction of the caller's, and may have to be written again."""
+        raise NotImplementedError
+
+    def lock_schema(self, connection: Connection) -> None:
+        """One process at a time brings the schema up."""
+
+    def count_rows(self) -> sa.Select[Any]:
+        """The counts that are not zero, in the columns of the counter table."""
+        return sa.select(counter).where(counter.c.n > 0)
 
     # -- lifecycle
 
@@ -128,7 +132,6 @@ class SqlBackend:
     def _begin_anew(self) -> None:
         """In a process forked from one that had used this: its threads are not here, its connections are not ours."""
         self._hire()
-        self._book = QueueBook()
         for engine in (self._write_engine, self._read_engine):
             engine.dispose(close=False)
 
@@ -140,16 +143,18 @@ class SqlBackend:
 
     def _migrate(self) -> None:
         with self._write_engine.begin() as connection:
-            if self._is_current(connection):
-                self._check_schema(connection)
-                return
-            tables.Row.metadata.create_all(connection)
-            version = self._version(connection)
-            for number in range((version or tables.SCHEMA_VERSION) + 1, tables.SCHEMA_VERSION + 1):
-                for step in tables.STEPS[number]:
-                    step(connection)
-            connection.execute(tables.schema_version.insert().values(version=tables.SCHEMA_VERSION))
+            self.lock_schema(connection)
+            if not self._is_current(connection):
+                self._create_tables(connection)
+                version = self._version(connection)
+                for number in range((version or tables.SCHEMA_VERSION) + 1, tables.SCHEMA_VERSION + 1):
+                    for step in tables.STEPS[number]:
+                        step(connection)
+                connection.execute(tables.schema_version.insert().values(version=tables.SCHEMA_VERSION))
             self._check_schema(connection)
+
+    def _create_tables(self, connection: Connection) -> None:
+        tables.Row.metadata.create_all(connection)
 
     def _check_schema(self, connection: Connection) -> None:
         """The number alone does not say that all is there: a table may have been dropped, or a restore have failed."""
@@ -176,21 +181,16 @@ class SqlBackend:
 
     def _turn(self, turn: Turn) -> TurnResult:
         self._turns += 1
-        try:
-            try:
-                return self._written(turn, careful=False)
-            except Mistaken:
-                self._book = QueueBook()
-                return self._written(turn, careful=True)
-        except BaseException:
-            self._book = QueueBook()  # what it read may have been rolled back
-            raise
+        for number in range(MOST_TRIES):
+            with suppress(Stale), self._transaction() as connection, self._driver_errors():
+                return self._decided(connection, turn, careful=number > 0)
+        raise BackendUnavailable("others change the same tasks all the time")
 
-    def _written(self, turn: Turn, *, careful: bool) -> TurnResult:
-        with self._transaction() as connection, self._driver_errors():
-            cursor = connection.connection.cursor()
-            writer = TurnWriter(connection, cursor, self._statements, self._book, turn, careful=careful)
-            return writer.write(rotation=self._turns)
+    def _decided(self, connection: Connection, turn: Turn, *, careful: bool) -> TurnResult:
+        cursor = connection.connection.cursor()
+        snapshot = self.look(cursor, wants(turn, careful=careful))
+        decision = decide(turn, snapshot, careful=careful, rotation=self._turns)
+        return decision.result(self.apply(cursor, decision.changes))
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
@@ -200,7 +200,7 @@ class SqlBackend:
         try:
             with self._writer.begin():
                 yield self._writer
-        except Mistaken:
+        except Stale:
             raise
         except BaseException:
             self._let_go()
@@ -222,11 +222,21 @@ class SqlBackend:
 
     def enlist(self, connection: Connection, turn: Turn) -> TurnResult:
         """Writes drafts on a connection of the caller's, as part of the caller's transaction."""
-        with translated(), self._driver_errors():
-            connection.execute(counter.update().where(sa.false()).values(n=0))  # takes the write lock before it reads
-            cursor = connection.connection.cursor()
-            writer = TurnWriter(connection, cursor, self._statements, QueueBook(), turn, careful=True)
-            return writer.write(rotation=0)
+        for _ in range(MOST_TRIES):
+            with suppress(Stale), translated(), self.attempt(connection):
+                snapshot = enlisted.look(connection, wants(turn, careful=True), self.count_rows())
+                decision = decide(turn, snapshot, careful=True)
+                counts = enlisted.write(connection, self.insert(task), decision.changes)
+                if counts:
+                    self.enlist_counts(connection, counts)
+                return decision.result(Applied())
+        raise BackendUnavailable("others change the same tasks all the time")
+
+    def enlist_counts(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        statement = self.insert(counter)
+        added = {name: counter.c[name] + statement.excluded[name] for name in ("n", "micros")}
+        keys = ["queue", "name", "status"]
+        connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=added), rows)
 
     # -- instances
 
@@ -277,7 +287,7 @@ class SqlBackend:
             self._apart(lambda: self._write(table.update().where(mine).values(lease_until=0)))
         else:
             gone = sa.or_(gone, sa.and_(mine, row.beat_at == stamp))
-        self._apart(lambda: self._write(table.delete().where(gone, self._statements.runs_nothing)))
+        self._apart(lambda: self._write(table.delete().where(gone, pages.RUNS_NOTHING)))
 
     def _write(self, statement: sa.Executable) -> None:
         with self._write_engine.begin() as connection:
@@ -285,7 +295,7 @@ class SqlBackend:
 
     def _live_instances(self) -> Sequence[Row[Any]]:
         with self._read_engine.connect() as connection:
-            return connection.execute(self._statements.live_instances).all()
+            return connection.execute(pages.LIVE_INSTANCES).all()
 
     def _apart(self, function: Callable[[], T]) -> T:
         """Runs on the calling thread, on a connection of its own: neither waits for a turn nor for the event loop."""
@@ -339,7 +349,7 @@ class SqlBackend:
         return [log_of(row) for row in rows]
 
     async def counts(self) -> Sequence[Count]:
-        statement = sa.select(counter).where(counter.c.n > 0)
+        statement = self.count_rows()
         rows = await self._read(lambda connection: connection.execute(statement).all())
         return merged_counts([(row.queue, row.name, row.status, row.n, row.micros) for row, _ in map(mended, rows)])
 
@@ -356,14 +366,14 @@ class SqlBackend:
         return [states[name] for name in sorted(states)]
 
     async def schedules(self) -> Sequence[ScheduleState]:
-        statement = self._statements.schedules
+        statement = pages.SCHEDULES
         rows = await self._read(lambda connection: connection.execute(statement).all())
         return [schedule_of(row) for row in rows]
 
     async def scheduled(
         self, before: datetime | None, after: tuple[datetime, str] | None, limit: int
     ) -> Sequence[ScheduledOnce]:
-        statement = self._statements.one_offs.limit(limit)
+        statement = pages.ONE_OFFS.limit(limit)
         if before is not None:
             statement = statement.where(task.c.run_at < to_micros(before))
         if after is not None:
@@ -397,7 +407,7 @@ class SqlBackend:
         ]
 
     async def cancels(self, instance_id: str) -> Sequence[AttemptId]:
-        statement = self._statements.cancels
+        statement = pages.CANCELS
         rows = await self._read(lambda connection: connection.execute(statement, {"me": instance_id}).all())
         return [(row.task_id, row.attempt) for row in rows]
 
@@ -437,31 +447,6 @@ class SqlBackend:
 def pulse_cells(row: Row[Any]) -> Any:
     """An owner of tasks without a row of its own has empty cells."""
     return row if row.instance_id is None else mended(row)[0]
-
-
-def merged_counts(rows: Sequence[tuple[str, str, str, int, int]]) -> Sequence[Count]:
-    """Delayed tasks are pending ones to everybody but the claim."""
-    found: dict[tuple[str, str, TaskStatus], Count] = {}
-    for queue, name, stored, n, micros in rows:
-        status = shown_status(stored)
-        count = found.get((queue, name, status), Count(queue, name, status, 0, 0.0))
-        delayed = n if stored == DELAYED else 0
-        found[queue, name, status] = replace(
-            count, n=count.n + n, seconds=count.seconds + micros / 1e6, delayed=count.delayed + delayed
-        )
-    return list(found.values())
-
-
-def counted(state: QueueState, count: Count) -> QueueState:
-    match count.status:
-        case TaskStatus.PENDING:
-            return replace(state, pending=state.pending + count.n - count.delayed)
-        case TaskStatus.RUNNING:
-            return replace(state, running=state.running + count.n)
-        case TaskStatus.REJECTED:
-            return replace(state, rejected=state.rejected + count.n)
-        case _:
-            return replace(state, finished=state.finished + count.n)
 
 
 class translated:  # noqa: N801 - a context manager, named as it reads

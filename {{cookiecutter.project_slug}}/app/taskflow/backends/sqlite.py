@@ -1,6 +1,6 @@
 """SQLite: what its dialect forces, and nothing else.
 
-Owns the pragmas, the write lock and the expansion of JSON rows. Processes of one host share one file: WAL lets
+Owns the pragmas and the write lock; `sqlite_turn.py` writes a turn. Processes of one host share one file: WAL lets
 readers go on while one of them writes, `BEGIN IMMEDIATE` makes writers take turns, `synchronous=FULL` makes a
 commit survive a power loss.
 """
@@ -8,24 +8,24 @@ commit survive a power loss.
 from __future__ import annotations
 
 import random
-import re
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import QueuePool, StaticPool
-from sqlalchemy.sql.compiler import SQLCompiler
 
 from ..errors import TaskDefinitionError
+from . import sqlite_turn
+from .changes import Applied, Changes, Snapshot, Wants
+from .neighbours import Neighbours
 from .sql import SqlBackend, translated
-from .statements import Cursor, Prepared
+from .tables import counter
 
 T = TypeVar("T")
 
@@ -36,14 +36,9 @@ BUSY_TIMEOUT = 0.5
 caller who was told "no" is never written afterwards."""
 TRY_AGAIN = (0.0005, 0.003)
 """Seconds between two asks for the lock."""
-POSITIONAL = sqlite_dialect(paramstyle="qmark")
-ROW = re.compile(r"\(/\*(\d+)\*/\)")
-"""Where the rows of a bulk statement go in its text, and how many cells each has."""
 LARGEST_WAL = 16 * 1024 * 1024
 """Bytes of the write-ahead log that are kept for reuse. A commit adds every page that it changes, twenty for a task
 that comes alone, and beside a long reader none is taken out: without this the file would stay as large as it was."""
-LONGEST_LIST = 512
-"""Rows of one bulk statement."""
 
 
 class SqliteBackend(SqlBackend):
@@ -52,6 +47,20 @@ class SqliteBackend(SqlBackend):
             raise TaskDefinitionError(f"SQLite {sqlite3.sqlite_version} is too old: 3.35 or newer is needed")
         self._in_memory = url.database in (None, "", ":memory:")
         super().__init__(url, readers=0 if self._in_memory else 2)
+        self._neighbours = None if self._in_memory else Neighbours(url.database or "")
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        if self._neighbours is not None:
+            self._neighbours.listen(wake)
+
+    def announce(self) -> None:
+        if self._neighbours is not None:
+            self._neighbours.announce()
+
+    async def close(self) -> None:
+        if self._neighbours is not None:
+            self._neighbours.close()
+        await super().close()
 
     def create_engines(self) -> tuple[Engine, Engine]:
         if self._in_memory:
@@ -80,75 +89,19 @@ class SqliteBackend(SqlBackend):
         sa.event.listen(engine, "begin", begin_read if reads_only else begin_write)
         return engine
 
-    def expand(self, parameter: str, columns: Sequence[sa.Column[Any]]) -> sa.Subquery:
-        row = sa.func.json_each(sa.bindparam(parameter)).table_valued("value")
-        cells = [
-            sa.func.json_extract(row.c.value, sa.literal_column(f"'$[{place}]'"), type_=column.type).label(column.name)
-            for place, column in enumerate(columns)
-        ]
-        return sa.select(*cells).subquery(f"{parameter}_table")
-
-    def arriving(self, columns: Sequence[sa.Column[Any]]) -> sa.Subquery:
-        cells = ", ".join(f"column{place} AS {column.name}" for place, column in enumerate(columns, 1))
-        rows = sa.text(f"SELECT {cells} FROM (VALUES (/*{len(columns)}*/)) WHERE column1 IS NOT NULL")
-        return rows.columns(*(sa.column(column.name, column.type) for column in columns)).subquery("arriving")
-
-    def prepare(self, statement: sa.Executable) -> Prepared:
-        prepared = super().prepare(statement)
-        return BulkStatement(statement, self.dialect) if ROW.search(prepared.sql) else prepared
-
-    def gather(self, rows: sa.Subquery) -> sa.ColumnElement[str]:
-        return sa.func.json_group_array(sa.func.json_array(*rows.c))
-
     def insert(self, table: sa.Table) -> Any:
         return insert(table)
 
+    def look(self, cursor: Any, wants: Wants) -> Snapshot:
+        return sqlite_turn.look(cursor, wants)
 
-class BulkStatement(Prepared):
-    """A statement whose rows come as the parameters of a VALUES list.
+    def apply(self, cursor: Any, changes: Changes) -> Applied:
+        return sqlite_turn.apply(cursor, changes)
 
-    SQLite needs three times as long to unpack them from JSON. The list is filled up to a power of two, so that few
-    texts have to be compiled.
-    """
-
-    def __init__(self, statement: sa.Executable, dialect: sa.Dialect) -> None:
-        super().__init__(statement, dialect)
-        assert isinstance(statement, sa.ClauseElement)
-        compiled = statement.compile(dialect=POSITIONAL)
-        assert isinstance(compiled, SQLCompiler)
-        assert compiled.positiontup is not None
-        self._before, row, self._after = ROW.split(str(compiled))
-        place = self._before.count("?")
-        self._names_before, self._names_after = compiled.positiontup[:place], compiled.positiontup[place:]
-        self._width = int(row)
-        self._texts: dict[int, str] = {}
-
-    def change(self, cursor: Cursor, rows: Sequence[Sequence[Any]], **values: object) -> int:
-        return sum(self._run_part(cursor, part, values).rowcount for part in parts(rows))
-
-    def change_each(self, cursor: Cursor, rows: Sequence[Sequence[Any]], **values: object) -> Sequence[Any]:
-        return [told for part in parts(rows) for told in self._run_part(cursor, part, values).fetchall()]
-
-    def _run_part(self, cursor: Cursor, rows: Sequence[Sequence[Any]], values: Mapping[str, object]) -> Cursor:
-        known = {**self._constants, **values}
-        length = 1 << (len(rows) - 1).bit_length()
-        cells = [known[name] for name in self._names_before]
-        cells += chain.from_iterable(rows)
-        cells += [None] * ((length - len(rows)) * self._width)
-        cells += [known[name] for name in self._names_after]
-        cursor.execute(self._text(length), cells)
-        return cursor
-
-    def _text(self, length: int) -> str:
-        if length not in self._texts:
-            row = f"({', '.join('?' * self._width)})"
-            self._texts[length] = self._before + ", ".join([row] * length) + self._after
-        return self._texts[length]
-
-
-def parts(rows: Sequence[Sequence[Any]]) -> Iterator[Sequence[Sequence[Any]]]:
-    for start in range(0, len(rows), LONGEST_LIST):
-        yield rows[start : start + LONGEST_LIST]
+    def attempt(self, connection: Connection) -> AbstractContextManager[object]:
+        """Takes the write lock before anything is read: then nothing can be stale."""
+        connection.execute(counter.update().where(sa.false()).values(n=0))
+        return nullcontext()
 
 
 def prepare_connection(connection: sqlite3.Connection, _record: object) -> None:

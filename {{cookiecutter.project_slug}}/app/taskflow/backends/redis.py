@@ -1,0 +1,770 @@
+"""Redis: a turn as two calls of one script, and the reads along sorted sets.
+
+Owns the connections, the arguments of `redis.lua` and what its answers mean. The script is atomic, but others may come
+between a look and what was decided from it: it compares what was taken for granted, and writes nothing where that does
+not hold any more. It remembers the answer of each instance's last turn, so that one whose answer was lost is not made
+twice. What the server promises of a power loss is read at the start and said aloud.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from heapq import merge
+from pathlib import Path
+from time import monotonic
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs, urlsplit, urlunsplit
+
+import msgpack  # type: ignore[import-untyped]
+import redis
+import redis.asyncio
+import redis.sentinel
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from ..errors import BackendUnavailable, OutcomeUnknown, TaskflowError
+from ..loops import pause_after
+from ..models import (
+    Count,
+    Cursor,
+    InstanceRecord,
+    LogEntry,
+    QueueState,
+    ScheduledOnce,
+    ScheduleState,
+    TaskEvent,
+    TaskFilter,
+    TaskPage,
+    TaskRecord,
+    TaskStatus,
+    from_micros,
+    to_micros,
+)
+from ..rules.turns import Decision, decide, wants
+from .base import AttemptId, Beat, Instance, Pulse, Turn, TurnResult
+from .changes import (
+    RESCUE_BATCH,
+    STAGE_BATCH,
+    Applied,
+    Changes,
+    Level,
+    Snapshot,
+    StoredQueue,
+    StoredSchedule,
+    StoredTask,
+    Wants,
+)
+from .redis_keys import COLUMNS, SCHEMA_VERSION, Keys
+from .rows import log_of, one_off_of, record_of, schedule_of
+from .search import SEARCH_WINDOW, is_search, matches
+from .stored import claim_of, counted, log_row, merged_counts, stored_names
+
+logger = logging.getLogger("taskflow")
+
+MOST_TRIES = 20
+"""Of one turn, while other processes change what it is about."""
+TIMEOUT = 5.0
+"""Seconds until a server that does not answer counts as away."""
+MOST_SEARCHES = 20
+READERS = 16
+SENTINEL_PORT = 26379
+PAGE = 500
+"""Tasks that a search reads at a time."""
+STATUSES = [name for status in TaskStatus for name in stored_names(status)]
+AWAY = (redis.ConnectionError, redis.TimeoutError, OSError)
+AWAY_ANSWERS = ("LOADING", "READONLY", "BUSY", "MASTERDOWN", "OOM", "MISCONF", "NOREPLICAS", "TRYAGAIN", "CLUSTERDOWN")
+ANNOUNCE_INTERVAL = 0.02
+SCRIPT = Path(__file__).with_name("redis.lua").read_text(encoding="utf-8")
+
+
+class RedisBackend:
+    """Storage of tasks in Redis. See `base.Backend` for what each method promises."""
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+        parts = urlsplit(location)
+        options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+        self._sentinel = options.get("sentinel")
+        self._sentinels = [host for host in options.get("sentinels", "").split(",") if host]
+        self.keys = Keys(options.get("prefix", ""))
+        self._plain_url = urlunsplit(parts._replace(query=""))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._writer = self._client(1)
+        self._reader = self._client(READERS)
+        self._sync: redis.Redis | None = None
+        self._sha = ""
+        self._waits_for_disk = False
+        self._turns = self._searches = 0
+        self._doubt: tuple[str, Decision] | None = None
+        self._news: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
+        self._announced = 0.0
+
+    # -- connections
+
+    def _client(self, connections: int) -> redis.asyncio.Redis:
+        options: dict[str, Any] = {
+            "socket_timeout": TIMEOUT,
+            "socket_connect_timeout": TIMEOUT,
+            "retry": Retry(NoBackoff(), 0),
+            "max_connections": connections,
+        }
+        if self._sentinel is None:
+            pool = redis.asyncio.BlockingConnectionPool.from_url(self._plain_url, timeout=TIMEOUT, **options)
+            return redis.asyncio.Redis(connection_pool=pool)
+        options.pop("max_connections")
+        sentinel = Sentinel(self._hosts(), socket_timeout=TIMEOUT)  # type: ignore[no-untyped-call]
+        client: redis.asyncio.Redis = sentinel.master_for(self._sentinel, **self._database(), **options)
+        return client
+
+    def _hosts(self) -> list[tuple[str, int]]:
+        """Of the sentinels."""
+        parts = urlsplit(self._plain_url)
+        return [(parts.hostname or "localhost", parts.port or SENTINEL_PORT), *map(host_and_port, self._sentinels)]
+
+    def _database(self) -> dict[str, Any]:
+        parts = urlsplit(self._plain_url)
+        return {"db": int(parts.path.strip("/") or 0), "username": parts.username, "password": parts.password}
+
+    def _apart(self) -> redis.Redis:
+        """For the heartbeat's thread."""
+        if self._sync is None:
+            options: dict[str, Any] = {"socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT}
+            if self._sentinel is None:
+                self._sync = redis.Redis.from_url(self._plain_url, **options)
+            else:
+                sentinel = redis.sentinel.Sentinel(self._hosts(), **options)  # type: ignore[no-untyped-call]
+                self._sync = sentinel.master_for(self._sentinel, **self._database(), **options)  # type: ignore[no-untyped-call]
+        return self._sync
+
+    @property
+    def name(self) -> str:
+        parts = urlsplit(self._location)
+        if parts.password is None:
+            return self._location
+        return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+
+    # -- lifecycle
+
+    async def open(self) -> None:
+        if self._process != os.getpid():
+            self._begin()
+        with translated():
+            await self._check_promises()
+            self._sha = await self._writer.script_load(SCRIPT)
+            known = await self._writer.get(self.keys("schema"))
+            if known is None:
+                await self._writer.set(self.keys("schema"), SCHEMA_VERSION, nx=True)
+        self._require_version(known)
+
+    def _require_version(self, known: Any) -> None:
+        if known is not None and int(known) > SCHEMA_VERSION:
+            raise TaskflowError(
+                f"{self.name} has schema version {int(known)}; this code knows up to {SCHEMA_VERSION}: deploy the "
+                "newer code, or use another database"
+            )
+
+    async def _check_promises(self) -> None:
+        """Says what this server does not keep. A server that does not tell its settings is taken at its word."""
+        version = (await self._writer.info("server"))["redis_version"]
+        newer = tuple(int(part) for part in version.split(".")[:2]) >= (7, 2)
+        settings: dict[str, str] = {}
+        with suppress(redis.ResponseError):
+            for name in ("appendonly", "appendfsync", "maxmemory-policy", "maxmemory"):
+                settings |= {str(key): str(value) for key, value in (await self._writer.config_get(name)).items()}
+        keeps = settings.get("appendonly", "yes") == "yes"
+        always = settings.get("appendfsync", "always") == "always"
+        self._waits_for_disk = keeps and not always and newer
+        if not keeps:
+            logger.warning("redis: appendonly is off: what was accepted is lost when the server dies")
+        elif not always and not newer:
+            logger.warning("redis: appendfsync is %s: a power loss takes the last second", settings["appendfsync"])
+        if settings.get("maxmemory", "0") != "0" and settings.get("maxmemory-policy", "noeviction") != "noeviction":
+            logger.warning(
+                "redis: maxmemory-policy is %s: tasks can vanish; set noeviction", settings["maxmemory-policy"]
+            )
+
+    async def is_current(self) -> bool:
+        with translated():
+            known = await self._reader.get(self.keys("schema"))
+        self._require_version(known)
+        return known is not None and int(known) == SCHEMA_VERSION
+
+    async def close(self) -> None:
+        if self._news is not None:
+            self._news.cancel()
+            self._news = None
+        for client in (self._writer, self._reader):
+            with suppress(*AWAY):
+                await client.aclose()
+        if self._sync is not None:
+            self._sync.close()
+            self._sync = None
+
+    # -- the turn
+
+    async def turn(self, turn: Turn) -> TurnResult:
+        self._turns += 1
+        if (known := await self._resolved(turn)) is not None:
+            return known
+        for number in range(MOST_TRIES):
+            careful = number > 0
+            seen = wants(turn, careful=careful)
+            snapshot = await self._look(seen)
+            decision = decide(turn, snapshot, careful=careful, rotation=self._turns)
+            answer = await self._apply(turn, decision, run_keys_of(snapshot))
+            if answer is not False:
+                return decision.result(applied_of(answer))
+        raise BackendUnavailable("others change the same tasks all the time")
+
+    async def _resolved(self, turn: Turn) -> TurnResult | None:
+        """The result of a turn that was made although its answer was lost."""
+        if self._doubt is None:
+            return None
+        turn_id, decision = self._doubt
+        with translated(OutcomeUnknown):
+            packed = await self._writer.get(self.keys("turn", turn.instance))
+        self._doubt = None
+        known, answer = unpacked(packed) if packed else (b"", None)
+        return decision.result(applied_of(answer)) if turn_id == turn.turn_id == known.decode() else None
+
+    async def _look(self, seen: Wants) -> Snapshot:
+        argument = {
+            "now": seen.now,
+            "me": seen.instance,
+            "stage": seen.stage,
+            "most_staged": STAGE_BATCH,
+            "most_left": RESCUE_BATCH,
+            "tasks": list(dict.fromkeys(seen.tasks)),
+            "run_keys": list(dict.fromkeys(seen.run_keys)),
+            "stamps": [[instance, stamp] for instance, stamp in seen.stamps.items()],
+            "held": seen.held,
+            "schedules": list(dict.fromkeys(seen.schedules)),
+            "live": list(dict.fromkeys(seen.live)),
+        }
+        with translated():
+            answer = await self._call("look", argument)
+        levels, queues, first_due, tasks, one_offs, left, held, schedules, live = answer
+        return Snapshot(
+            levels=[level_of(key, n) for key, n in pairs(levels)],
+            queues={queue.name: queue for queue in (stored_queue(*pair) for pair in pairs(queues))},
+            first_due=int(float(first_due)) if first_due else None,
+            tasks={row.task_id: row for row in map(stored_task, tasks)},
+            one_offs={key.decode(): [stored_task(item) for item in items] for key, items in one_offs},
+            left=[stored_task(item) for item in left],
+            held=[stored_task(item) for item in held],
+            schedules={row.name: row for row in (stored_schedule(*pair) for pair in schedules)},
+            live=frozenset(texts(live)),
+        )
+
+    async def _apply(self, turn: Turn, decision: Decision, run_keys: Sequence[Any]) -> Any:
+        changes = decision.changes
+        remembers = bool(turn.turn_id and (turn.finishes or turn.drafts or turn.commands or turn.logs))
+        argument = {**arguments_of(changes), "run_keys": run_keys, "turn_id": turn.turn_id, "remember": remembers}
+        try:
+            return await self._call("apply", argument, durably=True)
+        except AWAY as error:
+            if not remembers:
+                raise BackendUnavailable(str(error)) from error
+            self._doubt = (turn.turn_id, decision)
+            raise OutcomeUnknown(str(error)) from error
+        except redis.ResponseError as error:
+            raise of_response(error) from error
+
+    async def _call(self, function: str, argument: Mapping[str, Any], *, durably: bool = False) -> Any:
+        words = (self.keys.root, function, packed(argument))
+        try:
+            if durably and self._waits_for_disk:
+                async with self._writer.pipeline(transaction=False) as pipeline:
+                    pipeline.evalsha(self._sha, 1, *words)
+                    pipeline.execute_command("WAITAOF", 1, 0, int(TIMEOUT * 1000))
+                    answer, _ = await pipeline.execute()
+            else:
+                answer = await self._writer.evalsha(self._sha, 1, *words)
+        except redis.exceptions.NoScriptError:  # a server that was restarted, or another one
+            self._sha = await self._writer.script_load(SCRIPT)
+            return await self._call(function, argument, durably=durably)
+        return unpacked(answer)
+
+    # -- instances
+
+    def beat(self, instance: Instance, beat: Beat) -> None:
+        row = {
+            "instance_id": instance.instance_id,
+            "host": instance.host,
+            "machine": instance.machine,
+            "pid": instance.pid,
+            "birth": instance.birth,
+            "version": instance.version,
+            "started_at": to_micros(instance.started),
+            "beat_at": to_micros(beat.at),
+            "lease_until": to_micros(beat.lease_until),
+            "slots": beat.slots,
+            "running": beat.running,
+        }
+        with translated():
+            self._apart().eval(SCRIPT, 1, self.keys.root, "beat", packed(row))
+
+    def pulses(self) -> Sequence[Pulse]:
+        with translated():
+            client = self._apart()
+            known: Any = client.hgetall(self.keys("instances"))
+            runners: Any = client.smembers(self.keys("runners"))
+        rows = {row.instance_id: row for row in map(instance_row, known.values())}
+        found = [
+            Pulse(
+                Instance(
+                    instance_id=row.instance_id,
+                    host=row.host,
+                    machine=row.machine,
+                    pid=row.pid,
+                    birth=row.birth,
+                    version=row.version,
+                    started=from_micros(row.started_at),
+                ),
+                stamp=row.beat_at,
+                lease=max(0, row.lease_until - row.beat_at) / 1e6,
+            )
+            for row in rows.values()
+            if row.lease_until or row.instance_id.encode() in runners
+        ]
+        unknown = [owner for owner in texts(runners) if owner not in rows]
+        return [*found, *(Pulse(Instance(owner, "", "", 0, "", "", from_micros(0)), 0, 0.0) for owner in unknown)]
+
+    def leave(self, instance_id: str, stamp: int | None = None) -> None:
+        with translated():
+            argument = packed({"instance_id": instance_id, "stamp": stamp})
+            self._apart().eval(SCRIPT, 1, self.keys.root, "leave", argument)
+
+    # -- reads
+
+    async def get(self, task_id: str) -> TaskRecord | None:
+        found = await self._tasks([task_id])
+        return record_of(found[0]) if found else None
+
+    async def _tasks(self, ids: Sequence[str]) -> list[SimpleNamespace]:
+        if not ids:
+            return []
+        with translated():
+            values = await self._reader.mget([self.keys("task", task_id) for task_id in ids])
+        return [task_row(task_id, value) for task_id, value in zip(ids, values, strict=True) if value is not None]
+
+    async def page(self, where: TaskFilter, before: Cursor | None, limit: int) -> TaskPage:
+        if not is_search(where):
+            found = await self._found(where, before, limit + 1)
+        elif self._searches >= MOST_SEARCHES:
+            raise BackendUnavailable(f"{self._searches} searches are under way, more are not taken")
+        else:
+            self._searches += 1
+            try:
+                found = await self._found(where, before, limit + 1)
+            finally:
+                self._searches -= 1
+        records = [record_of(light(row)) for row in found]
+        older = Cursor(records[limit - 1].created_at, records[limit - 1].task_id) if len(found) > limit else None
+        return TaskPage(records[:limit], older)
+
+    async def _found(self, where: TaskFilter, before: Cursor | None, limit: int) -> list[SimpleNamespace]:
+        """Newest first, down the sorted sets of the filter, looking at no more than a window of them."""
+        found: list[SimpleNamespace] = []
+        window = SEARCH_WINDOW if is_search(where) else limit
+        async for ids in self._walk(where, before, window):
+            found += [row for row in await self._tasks(ids) if matches(where, row)]
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
+    async def _walk(self, where: TaskFilter, before: Cursor | None, window: int) -> AsyncIterator[list[str]]:
+        """Ids newest first, a page at a time."""
+        ends = [moment for moment in (where.until, before.created_at if before else None) if moment is not None]
+        newest = min(map(to_micros, ends), default=None)
+        oldest = None if where.since is None else to_micros(where.since)
+        place = None if before is None else (to_micros(before.created_at), before.task_id)
+        names = index_names(where)
+        offsets = dict.fromkeys(names, 0)
+        waiting: dict[str, list[tuple[int, str]]] = {name: [] for name in names}
+        ended: set[str] = set()
+        given = 0
+        while given < window:
+            for name in names:
+                if not waiting[name] and name not in ended:
+                    page = min(PAGE, window + 1)
+                    got = await self._range(name, newest, oldest, offsets[name], page)
+                    offsets[name] += len(got)
+                    waiting[name] = [item for item in got if place is None or item < place]
+                    if len(got) < page:
+                        ended.add(name)
+            if any(not waiting[name] and name not in ended for name in names):
+                continue
+            floor = max((waiting[name][-1] for name in names if name not in ended and waiting[name]), default=(-1, ""))
+            ready = merge(*(waiting[name] for name in names), key=lambda item: item, reverse=True)
+            taken = [item for item in ready if item >= floor][: window - given]
+            if not taken:
+                return
+            for name in names:
+                waiting[name] = [item for item in waiting[name] if item < taken[-1]]
+            given += len(taken)
+            yield [task_id for _, task_id in taken]
+
+    async def _range(
+        self, name: str, newest: int | None, oldest: int | None, offset: int, number: int
+    ) -> list[tuple[int, str]]:
+        high: str | int = "+inf" if newest is None else newest
+        low: str | int = "-inf" if oldest is None else oldest
+        with translated():
+            rows: Any = await self._reader.zrevrangebyscore(
+                self.keys(name), high, low, start=offset, num=number, withscores=True
+            )
+        return [(int(score), task_id.decode()) for task_id, score in rows]
+
+    async def events(self, task_id: str) -> Sequence[TaskEvent]:
+        with translated():
+            older: Any = await self._reader.lrange(self.keys("events", task_id), -10_000, -1)
+        found = [event_of(task_id, unpacked(item)) for item in older]
+        for row in await self._tasks([task_id]):
+            found += [event_of(task_id, cells) for cells in row.events]
+        return found
+
+    async def events_after(self, seq: int, limit: int) -> Sequence[TaskEvent]:
+        with translated():
+            rows: Any = await self._reader.xrange(self.keys("feed"), min=f"({seq}-0", count=limit)
+        return [told(fields) for _, fields in rows]
+
+    async def audit(self, before: int | None, limit: int) -> Sequence[TaskEvent]:
+        newest = "+" if before is None else f"({max(0, before)}-0"
+        if before is not None and before <= 1:
+            return []
+        with translated():
+            rows: Any = await self._reader.xrevrange(self.keys("audit"), max=newest, count=limit)
+        return [told(fields) for _, fields in rows]
+
+    async def is_revoked(self, session_id: str) -> bool:
+        with translated():
+            return await self._reader.zscore(self.keys("revoked"), session_id) is not None
+
+    async def last_seq(self) -> int:
+        with translated():
+            return int(await self._reader.get(self.keys("seq")) or 0)
+
+    async def logs(self, task_id: str, after: int, limit: int) -> Sequence[LogEntry]:
+        with translated():
+            rows: Any = await self._reader.xrange(self.keys("logs", task_id), min=f"({after}-0", count=limit)
+        return [log_of(line_row(number, fields)) for number, fields in rows]
+
+    async def counts(self) -> Sequence[Count]:
+        with translated():
+            counts: Any = await self._reader.hgetall(self.keys("counts"))
+            micros: Any = await self._reader.hgetall(self.keys("micros"))
+        rows = [(*level_of(key, n), int(micros.get(key, 0))) for key, n in counts.items() if int(n) > 0]
+        return merged_counts(rows)
+
+    async def queues(self) -> Sequence[QueueState]:
+        with translated():
+            known: Any = await self._reader.hgetall(self.keys("queues"))
+        found = (stored_queue(name, value) for name, value in known.items())
+        states = {
+            queue.name: QueueState(queue.name, queue.concurrency, queue.max_size, queue.paused, queue.reason)
+            for queue in found
+        }
+        for count in await self.counts():
+            state = states.setdefault(count.queue, QueueState(count.queue, None, None, False, None))
+            states[count.queue] = counted(state, count)
+        return [states[name] for name in sorted(states)]
+
+    async def schedules(self) -> Sequence[ScheduleState]:
+        with translated():
+            known: Any = await self._reader.hgetall(self.keys("schedules"))
+        rows = sorted((schedule_row(name, value) for name, value in known.items()), key=lambda row: row.name)
+        last = {
+            row.task_id: row.status for row in await self._tasks([row.last_task_id for row in rows if row.last_task_id])
+        }
+        for row in rows:
+            row.last_status = last.get(row.last_task_id)
+        return [schedule_of(row) for row in rows]
+
+    async def scheduled(
+        self, before: datetime | None, after: tuple[datetime, str] | None, limit: int
+    ) -> Sequence[ScheduledOnce]:
+        low = "-inf" if after is None else to_micros(after[0])
+        high = "+inf" if before is None else f"({to_micros(before)}"
+        place = None if after is None else (to_micros(after[0]), after[1])
+        found: list[str] = []
+        offset = 0
+        while len(found) < limit:
+            with translated():
+                rows: Any = await self._reader.zrangebyscore(
+                    self.keys("one_offs"), low, high, start=offset, num=limit, withscores=True
+                )
+            offset += len(rows)
+            items = [(int(score), task_id.decode()) for task_id, score in rows]
+            found += [task_id for score, task_id in items if place is None or (score, task_id) > place]
+            if len(rows) < limit:
+                break
+        return [one_off_of(row) for row in await self._tasks(found[:limit])]
+
+    async def due(self, now: datetime) -> int:
+        with translated():
+            number = await self._reader.zcount(self.keys("due"), "-inf", to_micros(now))
+        return min(int(number), STAGE_BATCH)
+
+    async def instances(self) -> Sequence[InstanceRecord]:
+        with translated():
+            known: Any = await self._reader.hgetall(self.keys("instances"))
+        rows = sorted(map(instance_row, known.values()), key=lambda row: row.started_at, reverse=True)
+        return [
+            InstanceRecord(
+                instance_id=row.instance_id,
+                host=row.host,
+                pid=row.pid,
+                version=row.version,
+                started=from_micros(row.started_at),
+                heartbeat=from_micros(row.beat_at),
+                slots=row.slots,
+                running=row.running,
+            )
+            for row in rows
+            if row.lease_until
+        ]
+
+    async def cancels(self, instance_id: str) -> Sequence[AttemptId]:
+        with translated():
+            ids: Any = await self._reader.smembers(self.keys("stopping", instance_id))
+        return [(row.task_id, row.attempt) for row in await self._tasks(texts(ids))]
+
+    async def arguments(self, task_ids: Sequence[str], most: int) -> Mapping[str, str]:
+        return {row.task_id: row.arguments[:most] for row in await self._tasks(task_ids)}
+
+    # -- news
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        self._news = asyncio.get_running_loop().create_task(self._hear(wake), name="taskflow-news")
+
+    async def _hear(self, wake: Callable[[], None]) -> None:
+        """Where nothing can be heard, the poll finds work a little later."""
+        failures = 0
+        while True:
+            client = self._client(1)
+            try:
+                async with client.pubsub() as news:
+                    await news.subscribe(self.keys("news"))
+                    while True:
+                        if await news.get_message(ignore_subscribe_messages=True, timeout=TIMEOUT / 2):
+                            wake()
+                        failures = 0
+            except (redis.RedisError, OSError):
+                failures += 1
+                await asyncio.sleep(pause_after(failures))
+            finally:
+                with suppress(redis.RedisError, OSError):
+                    await client.aclose()
+
+    def announce(self) -> None:
+        if monotonic() - self._announced >= ANNOUNCE_INTERVAL:
+            self._announced = monotonic()
+            self._telling = asyncio.get_running_loop().create_task(self._tell())
+
+    async def _tell(self) -> None:
+        with suppress(redis.RedisError, OSError):
+            await self._reader.publish(self.keys("news"), b"")
+
+
+# -- values
+
+
+def packed(value: Any) -> bytes:
+    """As the script reads it: `false` for None, and no types that its library does not know."""
+    found: bytes = msgpack.packb(plain(value), use_bin_type=False)
+    return found
+
+
+def plain(value: Any) -> Any:
+    if value is None:
+        return False
+    if isinstance(value, Mapping):
+        return {name: plain(cell) for name, cell in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value
+
+
+def flags(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns as they are stored: `false` stands for NULL, so a flag is a number."""
+    return {name: int(value) if isinstance(value, bool) else value for name, value in values.items()}
+
+
+def unpacked(value: Any) -> Any:
+    return msgpack.unpackb(value, raw=True, strict_map_key=False)
+
+
+def texts(values: Any) -> list[str]:
+    return [value.decode() for value in values]
+
+
+def pairs(flat: Sequence[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def cell(value: Any) -> Any:
+    """A stored cell as a value: text, a number, or None."""
+    if value is False:
+        return None
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def task_row(task_id: str, value: Any) -> SimpleNamespace:
+    """A task with the attributes of an SQL row, and its newest events."""
+    *cells, events = unpacked(value)
+    return SimpleNamespace(task_id=task_id, events=events, **dict(zip(COLUMNS[:-1], map(cell, cells), strict=True)))
+
+
+FACTS = StoredTask._fields[1:-3]
+
+
+def stored_task(item: Sequence[bytes]) -> StoredTask:
+    task_id, value = item
+    row = task_row(task_id.decode(), value)
+    facts = StoredTask(row.task_id, *(getattr(row, name) for name in FACTS))
+    return facts._replace(requeue=bool(row.requeue), cancel_requested=bool(row.cancel_requested), revision=row.revision)
+
+
+def document(value: bytes) -> dict[str, Any]:
+    return {name.decode(): cell(found) for name, found in unpacked(value).items()}
+
+
+def stored_queue(name: bytes, value: bytes) -> StoredQueue:
+    known = document(value)
+    columns: dict[str, Any] = {column: known.get(column) for column in StoredQueue._fields}
+    return StoredQueue(**{**columns, "name": name.decode(), "paused": bool(columns["paused"])})
+
+
+def schedule_row(name: bytes, value: bytes) -> SimpleNamespace:
+    unset = {"reason": None, "next_tick": None, "last_run": None, "last_task_id": None, "started_at": None}
+    return SimpleNamespace(**{**unset, **document(value), "name": name.decode()})
+
+
+def stored_schedule(name: bytes, value: bytes) -> StoredSchedule:
+    row = schedule_row(name, value)
+    facts = StoredSchedule(*(getattr(row, column) for column in StoredSchedule._fields[:-1]))
+    return facts._replace(overlap=bool(row.overlap), paused=bool(row.paused))
+
+
+def level_of(key: bytes, n: bytes) -> Level:
+    queue, name, status = texts(unpacked(key))
+    return queue, name, status, int(n)
+
+
+def instance_row(value: bytes) -> SimpleNamespace:
+    return SimpleNamespace(**document(value))
+
+
+def event_of(task_id: str, cells: Sequence[Any]) -> TaskEvent:
+    seq, at, kind, attempt, instance, actor, detail = map(cell, cells)
+    return TaskEvent(seq, task_id, from_micros(at), kind, attempt, instance, actor, detail)
+
+
+def told(fields: Mapping[bytes, bytes]) -> TaskEvent:
+    task_id, cells = unpacked(fields[b"e"])
+    return event_of(task_id.decode(), cells)
+
+
+def light(row: SimpleNamespace) -> SimpleNamespace:
+    """Without the columns that a list leaves out."""
+    row.arguments = row.stacktrace = None
+    return row
+
+
+def line_row(number: bytes, fields: Mapping[bytes, bytes]) -> SimpleNamespace:
+    columns = ("task_id", "at", "level", "attempt", "message", "extra")
+    cells = dict(zip(columns, map(cell, unpacked(fields[b"l"])), strict=True))
+    return SimpleNamespace(seq=int(number.split(b"-")[0]), **cells)
+
+
+def run_keys_of(snapshot: Snapshot) -> list[Any]:
+    """What was seen to wait under each key that is decided about."""
+    return [[key, [row.task_id for row in rows]] for key, rows in snapshot.one_offs.items()]
+
+
+def arguments_of(changes: Changes) -> dict[str, Any]:
+    pending = dict.fromkeys(changes.ceilings, 0)
+    running = dict(pending)
+    for (queue, _, status), n in changes.counts.items():
+        if queue in pending:
+            pending[queue] += n * (status == TaskStatus.PENDING)
+            running[queue] += n * (status == TaskStatus.RUNNING)
+    return {
+        "now": changes.now,
+        "me": changes.instance,
+        "progress": [(item.task_id, item.attempt, item.value) for item in changes.progress],
+        "endings": changes.endings,
+        "updates": [(row.task_id, row.revision, flags(values)) for row, values in changes.updates.values()],
+        "inserts": changes.inserts,
+        "ceilings": [
+            (queue, pending[queue], ceiling.pending, running[queue], ceiling.running)
+            for queue, ceiling in changes.ceilings.items()
+        ],
+        "stamps": list(changes.stamps.items()),
+        "advances": [advance._asdict() for advance in changes.advances],
+        "queues": [(name, flags(values)) for name, values in changes.queues],
+        "schedules": [(name, flags(values)) for name, values in changes.schedules],
+        "revoked": changes.revoked,
+        "counts": changes.tally(),
+        "events": changes.events,
+        "logs": [log_row(line) for line in changes.logs],
+        "wishes": [wish._asdict() for wish in changes.wishes],
+        "purges": [(to_micros(purge.before), purge.limit) for purge in changes.purges],
+    }
+
+
+def applied_of(answer: Any) -> Applied:
+    claimed, purged = answer
+    return Applied([claim_of(stored_task(item)) for item in claimed], [(int(n), bool(more)) for n, more in purged])
+
+
+def index_names(where: TaskFilter) -> list[str]:
+    """The sorted sets that together hold what a filter can find."""
+    if where.statuses:
+        names = [stored for status in dict.fromkeys(where.statuses) for stored in stored_names(status)]
+    elif where.schedule is not None:
+        return [f"schedule:{where.schedule}"]
+    elif where.func_name is not None:
+        return [f"name:{where.func_name}"]
+    elif where.queue is not None:
+        return [f"queue:{where.queue}"]
+    else:
+        names = STATUSES
+    return [f"status:{name}" for name in names]
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    host, _, port = text.partition(":")
+    return host, int(port or SENTINEL_PORT)
+
+
+# -- errors
+
+
+def of_response(error: redis.ResponseError) -> Exception:
+    """An answer that is no answer: of a server that starts, is full, or is no master any more, it is away; otherwise it
+    is about what was sent."""
+    away = str(error).split(" ", 1)[0].strip("-:") in AWAY_ANSWERS or any(word in str(error) for word in AWAY_ANSWERS)
+    return BackendUnavailable(str(error)) if away else error
+
+
+@contextmanager
+def translated(kind: type[BackendUnavailable] = BackendUnavailable) -> Iterator[None]:
+    try:
+        yield
+    except AWAY as error:
+        raise kind(str(error)) from error
+    except redis.ResponseError as error:
+        raise of_response(error) from error

@@ -1,0 +1,304 @@
+"""A turn on SQLite: what it shows the rules, and how it writes what they decided.
+
+Owns the use of `sqlite.sql`. Its transaction has the write lock from the beginning, so that nothing changes between the
+snapshot and the changes; only what the snapshot did not show can be stale. Hundreds of rows are one statement, during
+which Python is free.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from pydantic_core import from_json
+
+from ..models import DELAYED, EventKind, TaskStatus, from_micros, to_micros
+from .base import Claimed, Moved, Purge
+from .cells import is_sound, raw, stored_queue, stored_schedule, stored_task, unreadable, words
+from .changes import FACTS, RESCUE_BATCH, STAGE_BATCH, Applied, Changes, Snapshot, Stale, StoredTask, Wants, Wish
+from .scripts import assignments, statements
+from .stored import broken_words, claim_of, log_row
+
+LONGEST_LIST = 512
+"""Rows of one bulk statement."""
+PURGED_TASKS = 250
+"""Tasks of one status that one purge deletes at most."""
+LEVEL = ("queue", "name", "status", "n")
+Rows = Sequence[Sequence[Any]]
+
+EXECUTORS = ("async", "thread", "process")
+NO_WALKS = dict.fromkeys(EXECUTORS, 0)
+NAMED = "AND name IN (SELECT value FROM json_each(:names))"
+
+SQL = {name: text.replace("{facts}", ", ".join(FACTS)) for name, text in statements("sqlite.sql").items()}
+
+
+def run(cursor: sqlite3.Cursor, text: str, values: Any = ()) -> sqlite3.Cursor:
+    """The same cursor: that of an asynchronous session gives something else when it executes."""
+    cursor.execute(text, values)
+    return cursor
+
+
+class Query:
+    """Whose rows come in one cell or, where JSON cannot hold one of them, each as the driver reads it."""
+
+    def __init__(self, text: str, columns: Sequence[str]) -> None:
+        listed = ", ".join(columns)
+        self._whole = text.replace("{cells}", f"json_group_array(json_array({listed}))")
+        self._each = text.replace("{cells}", listed)
+
+    def rows(self, cursor: sqlite3.Cursor, values: Mapping[str, object]) -> Rows:
+        try:
+            rows: list[list[Any]] = from_json(run(cursor, self._whole, values).fetchone()[0])
+        except (sqlite3.Error, ValueError, TypeError):  # a BLOB; text that is no UTF-8
+            return run(cursor, self._each, values).fetchall()
+        return rows
+
+
+class Bulk:
+    """A statement for many rows at a time. The list is filled up to a power of two, so that few texts are compiled."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._texts: dict[int, str] = {}
+
+    def run(self, cursor: sqlite3.Cursor, rows: Sequence[Sequence[Any]]) -> int:
+        """How many rows of the table changed."""
+        return sum(self._run(cursor, rows[at : at + LONGEST_LIST]) for at in range(0, len(rows), LONGEST_LIST))
+
+    def _run(self, cursor: sqlite3.Cursor, rows: Sequence[Sequence[Any]]) -> int:
+        length, width = 1 << (len(rows) - 1).bit_length(), len(rows[0])
+        if length not in self._texts:
+            row = f"({', '.join('?' * width)})"
+            self._texts[length] = self._text.replace("{rows}", ", ".join([row] * length))
+        cells = list(chain.from_iterable(rows))
+        cells += [None] * ((length - len(rows)) * width)
+        return run(cursor, self._texts[length], cells).rowcount
+
+
+LEVELS = Query(SQL["levels"], LEVEL)
+HELD = Query(SQL["held"], FACTS)
+READY = Query(SQL["ready"].replace("{named}", ""), FACTS)
+READY_NAMED = Query(SQL["ready"].replace("{named}", NAMED), FACTS)
+INSERT_TASKS = Bulk(SQL["insert_tasks"])
+END_ATTEMPTS = Bulk(SQL["end_attempts"])
+INSERT_EVENTS = Bulk(SQL["insert_events"])
+INSERT_LOGS = Bulk(SQL["insert_logs"])
+COUNT = Bulk(SQL["count"])
+PROGRESS = Bulk(SQL["progress"])
+
+
+# -- what the rules have to see
+
+
+def look(cursor: sqlite3.Cursor, wants: Wants) -> Snapshot:
+    first_due = _first_due(cursor)
+    if wants.stage and first_due is not None and first_due <= wants.now:
+        _stage(cursor, wants.now)
+        first_due = _first_due(cursor)
+    snapshot = Snapshot(
+        levels=[(queue, name, status, n) for queue, name, status, n in _levels(cursor)],
+        queues={row[0]: stored_queue(row) for row in run(cursor, SQL["queues"]).fetchall() if is_sound("name", row[0])},
+        first_due=first_due,
+    )
+    if wants.tasks:
+        snapshot.tasks = {row.task_id: row for row in _tasks(cursor, "tasks", ids=json.dumps(wants.tasks))}
+    if wants.run_keys:
+        snapshot.one_offs = {key: _tasks(cursor, "one_offs", run_key=key) for key in wants.run_keys}
+    if wants.stamps:
+        snapshot.left = _left(cursor, wants.stamps)
+    if wants.held:
+        snapshot.held = [stored_task(row) for row in HELD.rows(cursor, {"me": wants.instance})]
+    if wants.schedules:
+        rows = run(cursor, SQL["schedules"], {"names": json.dumps(wants.schedules)}).fetchall()
+        snapshot.schedules = {row.name: row for row in map(stored_schedule, rows)}
+    if wants.live:
+        rows = run(cursor, SQL["live_runs"], {"names": json.dumps(wants.live)}).fetchall()
+        snapshot.live = frozenset(name for (name,) in rows)
+    return snapshot
+
+
+def _levels(cursor: sqlite3.Cursor) -> Iterator[Sequence[Any]]:
+    return (row for row in LEVELS.rows(cursor, {}) if not unreadable(LEVEL, row))
+
+
+def _first_due(cursor: sqlite3.Cursor) -> int | None:
+    row = run(cursor, SQL["first_due"]).fetchone()
+    return row[0] if row is not None and is_sound("run_at", row[0]) else None  # text: only that is delayed
+
+
+def _stage(cursor: sqlite3.Cursor, now: int) -> None:
+    """Makes ready what has become due."""
+    staged = Changes(now, "")
+    for queue, name in run(cursor, SQL["stage"], {"now": now, "most": STAGE_BATCH}).fetchall():
+        staged.move(words(queue), words(name), DELAYED, TaskStatus.PENDING.value)
+    COUNT.run(cursor, staged.tally())
+
+
+def _tasks(cursor: sqlite3.Cursor, statement: str, **values: object) -> list[StoredTask]:
+    return [stored_task(row) for row in run(cursor, SQL[statement], values).fetchall()]
+
+
+def _left(cursor: sqlite3.Cursor, stamps: Mapping[str, int]) -> list[StoredTask]:
+    """What was left running by those whose heartbeat is still the one that was seen."""
+    beats = dict(run(cursor, SQL["beats"], {"ids": json.dumps(list(stamps))}).fetchall())
+    dead = [instance for instance, stamp in stamps.items() if beats.get(instance, 0) == stamp]
+    return _tasks(cursor, "left", ids=json.dumps(dead), most=RESCUE_BATCH)
+
+
+# -- what they decided
+
+
+def apply(cursor: sqlite3.Cursor, changes: Changes) -> Applied:
+    """Raises Stale where a task is not as it was taken for granted."""
+    applied = Applied()
+    if changes.progress:  # while the task still runs: it may end in this very turn
+        PROGRESS.run(cursor, [(item.task_id, item.attempt, changes.instance, item.value) for item in changes.progress])
+    if changes.endings and END_ATTEMPTS.run(cursor, changes.endings) != len(changes.endings):
+        raise Stale
+    for row, values in changes.updates.values():
+        _update(cursor, row, values)
+    for raw_id, before, reason in changes.aside:
+        _set_aside(cursor, raw_id, before, reason, changes.now)
+    if changes.inserts and INSERT_TASKS.run(cursor, changes.inserts) != len(changes.inserts):
+        raise Stale
+    _set_documents(cursor, changes)
+    for wish in changes.wishes:
+        applied.claimed += _claim(cursor, wish, changes)
+    applied.purged = [_purge(cursor, purge, changes) for purge in changes.purges]
+    if changes.logs:
+        INSERT_LOGS.run(cursor, [log_row(line) for line in changes.logs])
+    if changes.events:
+        INSERT_EVENTS.run(cursor, changes.events)
+    if tally := changes.tally():
+        COUNT.run(cursor, tally)
+    return applied
+
+
+def _update(cursor: sqlite3.Cursor, row: StoredTask, values: Mapping[str, Any]) -> None:
+    """By the bytes of its id where that is damaged."""
+    where = "CAST(task_id AS BLOB) = :row_id" if row.raw_id else "task_id = :row_id"
+    text = f"UPDATE taskflow_task SET {assignments(values, ':{}')} WHERE {where}"
+    run(cursor, text, {**values, "row_id": row.raw_id or row.task_id})
+
+
+def _set_aside(cursor: sqlite3.Cursor, raw_id: bytes, before: str, reason: str, now: int) -> None:
+    run(cursor, SQL["set_aside"], {"raw_id": raw_id, "before": before, "reason": reason, "now": now})
+
+
+def _set_documents(cursor: sqlite3.Cursor, changes: Changes) -> None:
+    for name, values in changes.queues:
+        _set(cursor, "taskflow_queue", name, values, paused=False, version=0)
+    if changes.queues:
+        run(cursor, SQL["queue_version"])
+    for name, values in changes.schedules:
+        _set(cursor, "taskflow_schedule", name, values)
+    for advance in changes.advances:
+        run(cursor, SQL["advance"], advance._asdict())
+    if changes.revoked:
+        run(cursor, SQL["forget_revoked"], {"now": changes.now})
+        cursor.executemany(SQL["revoke"], changes.revoked)
+
+
+def _set(cursor: sqlite3.Cursor, table: str, name: str, values: Mapping[str, object], **fresh: object) -> None:
+    """Some columns of a row that may not be there yet; `fresh` are others that it then gets."""
+    known = run(cursor, f"SELECT 1 FROM {table} WHERE name = ?", (name,)).fetchone()
+    if known:
+        text = f"UPDATE {table} SET {assignments(values, ':{}')} WHERE name = :name"
+    else:
+        values = {**fresh, **values}
+        columns, marks = ", ".join(f'"{column}"' for column in values), ", ".join(f":{column}" for column in values)
+        text = f"INSERT INTO {table} (name, {columns}) VALUES (:name, {marks})"
+    run(cursor, text, {"name": name, **values})
+
+
+# -- claims
+
+
+def _claim(cursor: sqlite3.Cursor, wish: Wish, changes: Changes) -> list[Claimed]:
+    taken = _within(_sound(cursor, _ready(cursor, wish), changes), wish)
+    if len(taken) < min(wish.most, wish.ready):
+        taken = _within(_sound(cursor, _others_ready(cursor, wish), changes), wish)
+    if taken:
+        values = {"ids": json.dumps([row.task_id for row in taken]), "me": changes.instance, "now": changes.now}
+        run(cursor, SQL["seize"], values)
+    for row in taken:
+        changes.event(EventKind.STARTED, row.task_id, row.attempt + 1)
+        changes.move(row.queue, row.name, TaskStatus.PENDING.value, TaskStatus.RUNNING.value)
+    return [claim_of(row._replace(attempt=row.attempt + 1, started_at=changes.now)) for row in taken]
+
+
+def _ready(cursor: sqlite3.Cursor, wish: Wish) -> Rows:
+    """Of the executors that the names have now."""
+    values = {"queue": wish.queue, "most": wish.most, **NO_WALKS, **wish.slots}
+    if wish.every_name:
+        return READY.rows(cursor, values)
+    return READY_NAMED.rows(cursor, {**values, "names": json.dumps(list(wish.names))})
+
+
+def _others_ready(cursor: sqlite3.Cursor, wish: Wish) -> Rows:
+    """Where the counts say that there are more: those that were stored when a name had another executor, or behind
+    tasks that are not counted."""
+    values = {"queue": wish.queue, "most": wish.most, "names": json.dumps(list(wish.names))}
+    return READY_NAMED.rows(cursor, values | dict.fromkeys(EXECUTORS, wish.most))
+
+
+def _sound(cursor: sqlite3.Cursor, rows: Rows, changes: Changes) -> list[StoredTask]:
+    """Those that can be run; the others end here, so that nothing waits behind them."""
+    found = [stored_task(row) for row in rows]
+    for row in found:
+        if row.broken:
+            _end_broken(cursor, row, changes)
+    return [row for row in found if not row.broken]
+
+
+def _within(rows: Iterable[StoredTask], wish: Wish) -> list[StoredTask]:
+    """As many of each executor as there are slots."""
+    slots = dict(wish.slots)
+    taken = []
+    for row in rows:
+        kind = wish.names.get(row.name, "")
+        if slots.get(kind, 0) > 0:
+            slots[kind] -= 1
+            taken.append(row)
+    return taken
+
+
+def _end_broken(cursor: sqlite3.Cursor, row: StoredTask, changes: Changes) -> None:
+    reason = broken_words(row.broken)
+    _set_aside(cursor, row.raw_id, row.status, reason, changes.now)
+    changes.event(EventKind.FAILED, row.task_id, detail=reason)
+    changes.move(row.queue, row.name, row.status, TaskStatus.FAILED.value)
+    failed = Moved(row.task_id, row.name, {}, TaskStatus.FAILED, from_micros(changes.now), 0, 0, error=reason)
+    changes.moved.append(failed)
+
+
+# -- history
+
+
+def _purge(cursor: sqlite3.Cursor, purge: Purge, changes: Changes) -> tuple[int, bool]:
+    """Rows of every kind count, so that no purge holds the writer for long: a task may have a thousand lines."""
+    deleted, room, before = 0, purge.limit, to_micros(purge.before)
+    for status in (status.value for status in TaskStatus if status.terminal):
+        most = min(room, PURGED_TASKS)
+        old = run(cursor, SQL["old"], {"status": status, "before": before, "most": most}).fetchall()
+        ids = [task_id for (task_id,) in old if is_sound("task_id", task_id)]
+        for kind in ("purge_logs", "purge_events"):
+            if ids and room:
+                room -= run(cursor, SQL[kind], {"ids": json.dumps(ids), "most": room}).rowcount
+        gone = run(cursor, SQL["purge_tasks"], {"ids": json.dumps(ids[:room])}).fetchall() if ids and room else []
+        for damaged in (task_id for (task_id,) in old if not is_sound("task_id", task_id)):
+            gone += run(cursor, SQL["purge_damaged"], {"status": status, "raw_id": raw(damaged)}).fetchall()
+        for queue, name, started_at, finished_at in gone:
+            changes.move(words(queue), words(name), status, None)
+            if is_sound("at", started_at) and is_sound("at", finished_at):
+                changes.ran(words(queue), words(name), status, finished_at, started_at)
+        deleted += len(gone)
+        room -= len(gone)
+        if room <= 0 or len(old) == PURGED_TASKS:
+            return deleted, True
+    skips = run(cursor, SQL["purge_skips"], {"before": before, "most": room}).rowcount
+    return deleted, skips == room
