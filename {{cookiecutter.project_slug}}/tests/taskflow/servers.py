@@ -1,8 +1,8 @@
 """Real Redis and PostgreSQL servers for the tests: found on this machine, started on data of their own.
 
-`redis_url()` and `postgres_url()` are one server of each kind for the whole test process, stopped when it ends; in
-`fresh_redis(url)` and `fresh_postgres(url)` a test is alone. Whoever kills and restarts a server starts one of his own,
-`RedisServer` or `PostgresServer`. Never a stand-in, and no test is skipped: what cannot be found is an error.
+`redis_url()` and `postgres_url()` are one server of each kind for this process and those that it starts, stopped when
+it ends; in `fresh_redis(url)` and `fresh_postgres(url)` a test is alone. Whoever kills and restarts a server starts one
+of his own, `RedisServer` or `PostgresServer`. Never a stand-in, never a skipped test: what cannot be found is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 from types import TracebackType
@@ -39,6 +39,9 @@ PORTS = range(20_000, 32_000)
 """Below the ports that systems give to clients: one that connects again and again to a dead server could be given the
 server's own port, and would keep it."""
 DEBIAN = Path("/usr/lib/postgresql")
+MODULES = Path(__file__).parents[2] / "app" / "taskflow" / "backends"
+BACKENDS = [name for name in ("redis", "postgres") if (MODULES / f"{name}.py").exists()]
+"""Besides SQLite: the one that the service is made for, and in the template itself both."""
 
 
 class ServerNotFound(RuntimeError):
@@ -235,28 +238,52 @@ class PostgresServer(Server):
             return False
 
 
-# -- one for the whole test process
+# -- one for all tests
 
 
 def redis_url() -> str:
-    return os.environ.get("TASKFLOW_TEST_REDIS_URL") or shared(RedisServer).url
+    return shared("TASKFLOW_TEST_REDIS_URL", RedisServer)
 
 
 def postgres_url() -> str:
     """Of a server, as somebody who may create databases."""
-    return os.environ.get("TASKFLOW_TEST_POSTGRES_URL") or shared(PostgresServer).url
+    return shared("TASKFLOW_TEST_POSTGRES_URL", PostgresServer)
 
 
-@functools.cache
-def shared(kind: Callable[[], Server]) -> Server:
-    server, owner = kind().__enter__(), os.getpid()
+def shared(setting: str, kind: Callable[[], Server]) -> str:
+    """The environment's; otherwise it starts one, and the processes that this one starts find it there."""
+    if not os.environ.get(setting):
+        server = kind().__enter__()
+        at_exit(server.close)
+        os.environ[setting] = server.url
+    return os.environ[setting]
 
-    def close() -> None:
-        if os.getpid() == owner:  # and not a process forked from it
-            server.close()
 
-    atexit.register(close)
-    return server
+def at_exit(function: Callable[[], object]) -> None:
+    """Of this process, and not of one that is forked from it."""
+    owner = os.getpid()
+    atexit.register(lambda: os.getpid() == owner and function())
+
+
+def own_location() -> str:
+    """The URL of a place of this process's own, in what the service is made for; in SQLite in the template itself."""
+    match BACKENDS:
+        case ["redis"]:
+            place = fresh_redis(redis_url())
+        case ["postgres"]:
+            place = fresh_postgres(postgres_url())
+        case _:
+            place = fresh_sqlite()
+    places = ExitStack()
+    location = places.enter_context(place)
+    at_exit(places.close)
+    return location
+
+
+@contextmanager
+def fresh_sqlite() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        yield f"sqlite:///{directory}/tasks.db"
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def test_a_server_that_is_named_in_the_environment_wins(monkeypatch: pytest.Monk
     assert postgres_url() == "postgresql://elsewhere/db"
 
 
-def test_tests_share_one_server_and_leave_no_database_behind() -> None:
+def test_tests_share_one_server_in_databases_of_their_own_and_leave_none_behind() -> None:
     assert postgres_url() == postgres_url()
     with fresh_postgres(postgres_url()) as one, fresh_postgres(postgres_url()) as two:
         write(one, "CREATE TABLE here (x int)")

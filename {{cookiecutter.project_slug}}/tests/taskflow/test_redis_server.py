@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,14 @@ def test_a_server_that_is_named_in_the_environment_wins(monkeypatch: pytest.Monk
     assert redis_url() == "redis://elsewhere/3"
 
 
-def test_tests_share_one_server_and_leave_no_key_behind() -> None:
+def test_one_server_is_shared_by_the_tests_and_the_processes_that_they_start() -> None:
     assert redis_url() == redis_url()
+    assert (
+        run_python("from tests.taskflow.servers import redis_url; print(redis_url())", os.environ) == f"{redis_url()}\n"
+    )
+
+
+def test_tests_are_alone_below_their_prefix_and_leave_no_key_behind() -> None:
     with redis.Redis.from_url(redis_url()) as client, fresh_redis(redis_url()) as one, fresh_redis(redis_url()) as two:
         prefixes = [url.removeprefix(f"{redis_url()}?prefix=") for url in (one, two)]
         assert len(set(prefixes)) == 2
@@ -102,24 +109,24 @@ def test_tests_share_one_server_and_leave_no_key_behind() -> None:
 async def test_the_shared_server_ends_with_the_test_process(ending: str) -> None:
     code = f"""
         import os, sys
-        from tests.taskflow.servers import RedisServer, redis_url, shared
+        import redis
+        from tests.taskflow.servers import redis_url
         redis_url()
         if os.fork() == 0:
             sys.exit()  # a forked process leaves it alone
         os.wait()
-        assert shared(RedisServer).answers()
-        print(redis_url(), shared(RedisServer).directory, flush=True)
+        print(redis_url(), redis.Redis.from_url(redis_url()).config_get("dir")["dir"], flush=True)
         {ending}
     """
-    url, directory = run_python(textwrap.dedent(code)).split()
+    environment = {name: value for name, value in os.environ.items() if name != "TASKFLOW_TEST_REDIS_URL"}
+    url, directory = run_python(textwrap.dedent(code), environment).split()
     await eventually(lambda: not answers(url))
     assert os.path.exists(directory) == ("kill" in ending)  # noqa: ASYNC240
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def run_python(code: str) -> str:
+def run_python(code: str, environment: Mapping[str, str]) -> str:
     """What it printed."""
-    environment = {name: value for name, value in os.environ.items() if name != "TASKFLOW_TEST_REDIS_URL"}
     command, directory = [sys.executable, "-c", code], Path(__file__).parents[2]
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert done.stderr == ""
