@@ -6,6 +6,7 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -95,7 +96,7 @@ def check_data(project: Path, answers: Answers) -> None:
     assert {"redis", "psycopg"} & names == {DRIVERS[backend]} - {None}
     names = {re.split(r"[\[<>=]", requirement)[0] for requirement in pyproject["dependency-groups"]["dev"]}
     assert set().union(*SERVERS.values()) & names == SERVERS[backend]
-    assert f"TASKFLOW_URL={URLS[backend]}" in (project / ".env.example").read_text()
+    check_environment(project, answers)
     for path in files_of(project):
         if path.endswith((".yaml", ".yml")):
             assert yaml.safe_load((project / path).read_text())
@@ -105,11 +106,35 @@ def check_data(project: Path, answers: Answers) -> None:
         compose = yaml.safe_load((project / "compose.yaml").read_text())
         assert set(compose["services"]) == {"app", backend} - {"sqlite"}
         app = compose["services"]["app"]
+        check_server(compose, backend)
         assert app["environment"]["TASKFLOW_URL"].startswith(URLS[backend])
         assert app["environment"]["TASKFLOW_ENV"] == "production"
         for secret in ("ADMIN_USERNAME", "ADMIN_PASSWORD", "SECRET_KEY"):
             assert app["environment"][f"TASKFLOW_{secret}"].startswith(f"${{TASKFLOW_{secret}:?")
         assert int(app["stop_grace_period"].removesuffix("s")) > longest_stop(project)
+
+
+def check_environment(project: Path, answers: Answers) -> None:
+    backend, example = str(answers["backend"]), (project / ".env.example").read_text()
+    assert re.findall(r"^TASKFLOW_URL=(\w+:)", example, re.MULTILINE) == [URLS[backend]]
+    assert ("\n# POSTGRES_PASSWORD=\n" in example) == (backend == "postgres" and answers["docker"])
+    assert ("\nrun: .env\n" in (project / "Makefile").read_text()) == (backend != "sqlite")
+    settings = re.findall(r"TASKFLOW_TEST_\w+", (project / "README.md").read_text())
+    assert settings == ([] if backend == "sqlite" else [f"TASKFLOW_TEST_{backend.upper()}_URL"])
+
+
+def check_server(compose: dict[str, Any], backend: str) -> None:
+    """The service waits until its server answers; what that has stored outlives the container."""
+    app = compose["services"]["app"]
+    keeper = compose["services"].get(backend, app)
+    assert [volume.partition(":")[0] for volume in keeper["volumes"]] == list(compose["volumes"])
+    if keeper is not app:
+        assert app["depends_on"] == {backend: {"condition": "service_healthy"}}
+        assert {"redis": "redis-cli ping", "postgres": "pg_isready"}[backend] in " ".join(keeper["healthcheck"]["test"])
+        assert "ports" not in keeper, "nobody else needs it"
+    if backend == "postgres":
+        assert keeper["environment"]["POSTGRES_PASSWORD"] == app["environment"]["PGPASSWORD"]
+        assert app["environment"]["PGPASSWORD"].startswith("${POSTGRES_PASSWORD:?")
 
 
 def longest_stop(project: Path) -> float:
