@@ -1,0 +1,125 @@
+"""How fast worker processes empty a full queue: `python -m benchmarks.drain [--workers N ...] [--rounds N] [STORE ...]`.
+
+Each round fills a store with no-op tasks while nobody runs them, starts the workers, and counts from the moment at which
+the last worker may claim to the commit of the last result. Stores take turns. The servers are those of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from app.taskflow import TaskManager, TaskStatus
+
+from .__main__ import PROJECT, ROOT, environment
+
+STORES = ["sqlite", "postgres", "redis"]
+TASKS = 10_000
+
+
+def servers_of_the_tests() -> Any:
+    spec = importlib.util.spec_from_file_location("servers", PROJECT / "tests" / "taskflow" / "servers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["servers"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def location(store: str) -> Iterator[str]:
+    servers = servers_of_the_tests()
+    with tempfile.TemporaryDirectory() as folder:
+        if store == "sqlite":
+            yield f"sqlite:///{Path(folder) / 'tasks.db'}"
+        elif store == "postgres":
+            with servers.fresh_postgres(servers.postgres_url()) as url:
+                yield url
+        else:
+            with servers.fresh_redis(servers.redis_url()) as url:
+                yield url
+
+
+def make_manager(url: str, *, runs: bool) -> TaskManager:
+    manager = TaskManager(snapshot_db=url, shutdown_timeout=2.0)
+    manager.runs_tasks = runs
+
+    @manager.task
+    async def nothing() -> None: ...
+
+    return manager
+
+
+async def work(url: str) -> None:
+    """Says `ready`, waits for a word, runs tasks until its input ends."""
+    manager = make_manager(url, runs=False)
+    async with manager.lifespan():
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        manager.dispatcher.start()
+        manager.journal.wake()
+        await asyncio.to_thread(sys.stdin.read)
+
+
+async def drain(url: str, workers: int) -> float:
+    """Tasks per second."""
+    manager = make_manager(url, runs=False)
+    async with manager.lifespan():
+        function = manager.registry.named("nothing").function
+        for _ in range(TASKS // 500):
+            await asyncio.gather(*(manager.enqueue(function) for _ in range(500)))
+        command = [sys.executable, "-m", "benchmarks.drain", "--work", url]
+        pipe = subprocess.PIPE
+        running = [
+            subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=pipe, stdout=pipe, text=True)
+            for _ in range(workers)
+        ]
+        for process in running:
+            await asyncio.to_thread(process.stdout.readline)  # type: ignore[union-attr]
+        began = time.perf_counter()
+        for process in running:
+            process.stdin.write("go\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+        while sum(count.n for count in await manager.store.counts() if count.status is TaskStatus.SUCCESS) < TASKS:
+            await asyncio.sleep(0.02)
+        seconds = time.perf_counter() - began
+        for process in running:
+            process.stdin.close()  # type: ignore[union-attr]
+        for process in running:
+            await asyncio.to_thread(process.wait)
+        return TASKS / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stores", nargs="*", default=STORES)
+    parser.add_argument("--workers", nargs="*", type=int, default=[1])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work")
+    given = parser.parse_args()
+    if given.work:
+        asyncio.run(work(given.work))
+        return
+    found: dict[tuple[str, int], list[float]] = {}
+    for _ in range(given.rounds):
+        for workers in given.workers:
+            for store in given.stores:
+                with location(store) as url:
+                    found.setdefault((store, workers), []).append(asyncio.run(drain(url, workers)))
+    for (store, workers), rates in found.items():
+        spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
+        print(f"{store:10} {workers} workers: {median(rates):8,.0f} tasks/s ({spread})")
+
+
+if __name__ == "__main__":
+    main()
