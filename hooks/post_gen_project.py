@@ -16,8 +16,17 @@ from typing import Any
 
 ANSWERS: dict[str, Any] = json.loads(r"""{{ cookiecutter | tojson }}""")
 
-REDIS = ("tests/taskflow/test_redis*.py",)
-POSTGRES = ("tests/taskflow/test_postgres*.py",)
+REDIS = (
+    "app/taskflow/backends/redis.py",
+    "app/taskflow/backends/redis.lua",
+    "app/taskflow/backends/redis_keys.py",
+    "tests/taskflow/test_redis*.py",
+)
+POSTGRES = (
+    "app/taskflow/backends/postgres.py",
+    "app/taskflow/backends/postgres.sql",
+    "tests/taskflow/test_postgres*.py",
+)
 
 # A pattern stands for all that it matches, one file at least.
 REMOVED: dict[tuple[str, object], tuple[str, ...]] = {
@@ -30,6 +39,18 @@ REMOVED: dict[tuple[str, object], tuple[str, ...]] = {
 
 # Files below the directory take the place of the project's files of the same path.
 REPLACED: dict[tuple[str, object], str] = {("example_tasks", False): "_bare"}
+
+# Where tasks are kept until TASKFLOW_URL says otherwise, and how to have one there.
+SERVERS = {
+    "redis": (
+        "Redis at redis://localhost:6379/0",
+        "docker run --rm -p 127.0.0.1:6379:6379 redis:8 --appendonly yes --appendfsync always",
+    ),
+    "postgres": (
+        "PostgreSQL at postgresql://postgres@localhost/postgres",
+        "docker run --rm -p 127.0.0.1:5432:5432 -e POSTGRES_HOST_AUTH_METHOD=trust postgres:18",
+    ),
+}
 
 # What tools leave behind when they run inside the template directory.
 CACHES = frozenset({"__pycache__", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
@@ -150,10 +171,23 @@ def next_steps(own_repository: bool) -> str:
             "",
             *lines,
             "",
+            *server_lines(),
             "  Your tasks go in app/tasks.py. The task system is app/taskflow/: yours to edit.",
             "",
         ]
     )
+
+
+def server_lines() -> list[str]:
+    if ANSWERS["backend"] not in SERVERS:
+        return []
+    place, command = SERVERS[ANSWERS["backend"]]
+    return [
+        f"  Tasks are kept in {place}.",
+        "  If yours is elsewhere: cp .env.example .env, and say so there. One to try it with:",
+        f"  {command}",
+        "",
+    ]
 
 
 def project_path() -> str:

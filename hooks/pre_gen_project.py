@@ -16,7 +16,7 @@ ANSWERS: dict[str, Any] = json.loads(r"""{{ cookiecutter | tojson }}""")
 OLDEST_COOKIECUTTER = (2, 6)
 
 # A backend can be chosen once its code is in app/taskflow/backends/.
-READY_BACKENDS = ("sqlite",)
+READY_BACKENDS = ("sqlite", "redis", "postgres")
 
 SLUG = re.compile(r"[a-z](?:[a-z0-9-]*[a-z0-9])?")
 

@@ -5,6 +5,8 @@ in the working tree cannot make a test pass or fail.
 """
 
 import ast
+import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -12,8 +14,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from cookiecutter.main import cookiecutter
@@ -170,10 +174,14 @@ def commit_all(directory: Path, message: str = "All") -> None:
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
-    """The environment of a user's shell: no virtual environment of ours, no variable of a surrounding git or pytest."""
+    """The environment of a user's shell: no virtual environment of ours, no variable of a surrounding git or pytest.
+
+    The servers that tests use are shared with the tests of a baked project.
+    """
     ours = ("VIRTUAL_ENV", "GIT_", "PYTEST_", "TASKFLOW_", "MAKE", "MFLAGS", "UV_PROJECT")
+    kept = {name: value for name, value in os.environ.items() if name.startswith("TASKFLOW_TEST_")}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {**inherited, **IDENTITY, **changes}
+    return {**inherited, **kept, **IDENTITY, **changes}
 
 
 def run(command: Sequence[str] | str, directory: Path, **changes: str) -> str:
@@ -197,6 +205,28 @@ def files_of(directory: Path) -> set[str]:
 
 def everything_below(directory: Path) -> Iterator[Path]:
     return (path for path in directory.rglob("*") if path.relative_to(directory).parts[0] != ".git")
+
+
+def fresh_location(backend: str, directory: Path) -> AbstractContextManager[str]:
+    """The URL of an empty place for tasks, on a real server for those that need one."""
+    place: AbstractContextManager[str] = nullcontext(f"sqlite:///{directory / 'tasks.db'}")
+    if backend == "redis":
+        place = servers().fresh_redis(servers().redis_url())
+    elif backend == "postgres":
+        place = servers().fresh_postgres(servers().postgres_url())
+    return place
+
+
+@functools.cache
+def servers() -> Any:
+    """The project's own module that finds and starts them; its package has the same name as this one."""
+    path = ROOT / PROJECT / "tests/taskflow/servers.py"
+    spec = importlib.util.spec_from_file_location("servers", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def uv() -> str:

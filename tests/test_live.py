@@ -5,12 +5,13 @@ import re
 import shlex
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checks import Server
-from tests.template import READY_BACKENDS, Template, files_of, run, uv
+from tests.template import READY_BACKENDS, Template, files_of, fresh_location, run, uv
 
 SERVE = "uvicorn app.main:app --port {port} --timeout-graceful-shutdown 8"
 
@@ -29,10 +30,18 @@ def environment(backend: str, template: Template, tmp_path_factory: pytest.TempP
     return project / ".venv"
 
 
-def test_examples(template: Template, backend: str, environment: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def location(backend: str, tmp_path: Path) -> Iterator[str]:
+    """Where a service of this test keeps its tasks: the variable wins over the file, as it would for a user."""
+    with fresh_location(backend, tmp_path) as location:
+        yield location
+
+
+def test_examples(template: Template, backend: str, environment: Path, location: str, tmp_path: Path) -> None:
     project = template.bake_quickly(tmp_path, backend=backend)
     shutil.copy(project / ".env.example", project / ".env")
-    with Server(f"exec {shlex.quote(str(environment))}/bin/{SERVE}", project) as server:
+    run_your_tests(environment, project)
+    with Server(f"exec {shlex.quote(str(environment))}/bin/{SERVE}", project, TASKFLOW_URL=location) as server:
         server.wait_until_ready()
         task_id = json.loads(server.post("/signup?email=a@example.com"))["task_id"]
         assert server.wait_until_done(task_id) == "success"
@@ -43,30 +52,47 @@ def test_examples(template: Template, backend: str, environment: Path, tmp_path:
         assert_clean_exit(server)
 
 
-def test_without_examples(template: Template, backend: str, environment: Path, tmp_path: Path) -> None:
+def test_without_examples(template: Template, backend: str, environment: Path, location: str, tmp_path: Path) -> None:
     project = template.bake_quickly(tmp_path, backend=backend, example_tasks=False)
-    run([str(environment / "bin/python"), "-m", "pytest", "-q", "--ignore=tests/taskflow"], project)
-    with Server(f"exec {shlex.quote(str(environment))}/bin/{SERVE}", project) as server:
+    run_your_tests(environment, project)
+    with Server(f"exec {shlex.quote(str(environment))}/bin/{SERVE}", project, TASKFLOW_URL=location) as server:
         server.wait_until_ready()
         assert list(json.loads(server.get("/openapi.json"))["paths"]).count("/signup") == 0
         assert server.get("/tasks/dashboard")
         assert_clean_exit(server)
 
 
-def test_commands_of_the_readme_for_pip(template: Template, backend: str, tmp_path: Path) -> None:
+def test_the_task_systems_tests_need_no_other_driver(
+    template: Template, backend: str, environment: Path, tmp_path: Path
+) -> None:
+    """All are imported, and those of the contract would run on the backend; they did where the template is tested."""
+    project = template.bake_quickly(tmp_path, backend=backend)
+    python = [str(environment / "bin/python"), "-m", "pytest", "-q"]
+    listed = run([*python, "--collect-only"], project)
+    assert set(re.findall(r"conformance\.py::\w+\[(sqlite|redis|postgres)\b", listed)) == {"sqlite", backend}
+    own = sorted(str(path.relative_to(project)) for path in (project / "tests/taskflow").glob(f"test_{backend}*.py"))
+    assert " passed" in run([*python, *own, "tests/taskflow/test_layers.py"], project)
+
+
+def test_commands_of_the_readme_for_pip(template: Template, backend: str, location: str, tmp_path: Path) -> None:
     """Plain pip brings everything that serving needs, the driver too."""
     project = template.bake_quickly(tmp_path, backend=backend)
     block = (project / "README.md").read_text().split("```\n")[1]
     install, serve = block.strip().rsplit("\n", 1)
     run(install, project)
     assert serve == ".venv/bin/uvicorn app.main:app"
-    with Server(f"exec {serve} --port {{port}}", project) as server:
+    with Server(f"exec {serve} --port {{port}}", project, TASKFLOW_URL=location) as server:
         server.wait_until_ready()
         assert_clean_exit(server)
     run([".venv/bin/pip", "wheel", "--quiet", "--no-deps", "."], project)
     (wheel,) = project.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == {path for path in files_of(project) if re.match(r"app/(?!.*__pycache__)", path)}
+
+
+def run_your_tests(environment: Path, project: Path) -> None:
+    """On the backend that the project was made for."""
+    assert " passed" in run([str(environment / "bin/python"), "-m", "pytest", "-q", "--ignore=tests/taskflow"], project)
 
 
 def assert_clean_exit(server: Server) -> None:

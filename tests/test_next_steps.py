@@ -17,7 +17,7 @@ import yaml
 
 from tests.checks import Server
 from tests.conftest import Bake
-from tests.template import Template, clean_environment, git, run, uv
+from tests.template import READY_BACKENDS, Template, clean_environment, fresh_location, git, run, uv
 
 # `make test` has just run the task system's tests in place, on the same bytes; `make test FULL=1` runs them here too.
 YOUR_TESTS = "" if "FULL" in os.environ else "--ignore=tests/taskflow"
@@ -60,6 +60,24 @@ def test_the_printed_text_is_for_the_answers(bake: Bake) -> None:
     assert list(printed_commands(bare.output)) == ["Run it", "Test it", "Keep it"]
 
 
+@pytest.mark.parametrize("backend", READY_BACKENDS)
+def test_a_server_that_has_to_be_there_first_is_named_with_its_url_and_a_command_that_starts_it(
+    bake: Bake, backend: str
+) -> None:
+    baked = bake(backend=backend)
+    assert ("  Tasks are kept in " in baked.output) == (backend != "sqlite")
+    if backend != "sqlite":
+        (url,) = re.findall(r"  Tasks are kept in \w+ at (\S+)\.\n", baked.output)
+        assert f"\nTASKFLOW_URL={url}\n" in (baked.project / ".env.example").read_text()
+        (command,) = re.findall(r"^  (docker run .*)$", baked.output, re.MULTILINE)
+        assert f"\n```\n{command}\n```\n" in (baked.project / "README.md").read_text()
+        assert f" {compose_image(baked.project, backend)} " in f"{command} "
+
+
+def compose_image(project: Path, service: str) -> str:
+    return str(yaml.safe_load((project / "compose.yaml").read_text())["services"][service]["image"])
+
+
 def test_the_printed_path_leads_there_from_where_the_user_is(template: Template, tmp_path: Path) -> None:
     baked = template.bake(tmp_path / "here", "--output-dir", "my services")
     (change, _) = printed_commands(baked.output)["Run it"]
@@ -99,6 +117,25 @@ def test_the_printed_commands_and_the_workflow_run_as_printed(bake: Bake, path_w
             assert checked.count("Passed") == 3, checked
             assert "Skipped" not in checked
     assert git(project, "status", "--porcelain") == "", "pre-commit changed a fresh project"
+
+
+@pytest.mark.parametrize("backend", [backend for backend in READY_BACKENDS if backend != "sqlite"])
+def test_the_printed_commands_run_on_a_server(bake: Bake, path_without_uv: str, tmp_path: Path, backend: str) -> None:
+    baked = bake(backend=backend)
+    steps = printed_commands(baked.output)
+    change, serve = steps["Run it"]
+    with (
+        fresh_location(backend, tmp_path) as location,
+        Server(f"{change} && {serve}", baked.directory, PATH=path_without_uv, TASKFLOW_URL=location) as server,
+    ):
+        server.wait_until_ready(seconds=120)
+        assert (baked.project / ".env").read_text() == (baked.project / ".env.example").read_text()
+        (attempt,) = steps["Try it"]
+        answer = json.loads(say(attempt.replace(":8000", f":{server.port}"), baked.directory))
+        assert server.wait_until_done(answer["task_id"]) == "success"
+        assert "Application shutdown complete" in server.stop()
+    (test,) = steps["Test it"]
+    assert " passed" in run(f"{change} && {test}", baked.directory, PATH=path_without_uv, PYTEST_ADDOPTS=YOUR_TESTS)
 
 
 def workflow_steps(project: Path) -> list[str]:

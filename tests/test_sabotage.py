@@ -1,13 +1,14 @@
 """The lanes can fail: each kind of damage to the template is noticed by the check that is there for it."""
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.checks import Server, lint_complaints, schema_complaints, text_complaints, type_complaints
-from tests.template import PROJECT, Template, copy_of_working_tree
+from tests.template import PROJECT, READY_BACKENDS, Template, copy_of_working_tree
 
 
 @pytest.fixture
@@ -106,9 +107,20 @@ def test_an_answer_that_does_not_exist(template: Template, tmp_path: Path) -> No
         template.bake(tmp_path, databse="redis")
 
 
-def test_a_missing_backend(damaged: Template, tmp_path: Path) -> None:
-    (Path(damaged.source) / PROJECT / "app/taskflow/backends/sqlite.py").unlink()
-    project = damaged.bake_quickly(tmp_path / "out")
+@pytest.mark.parametrize("backend", READY_BACKENDS)
+def test_a_missing_backend(damaged: Template, tmp_path: Path, backend: str) -> None:
+    (Path(damaged.source) / PROJECT / f"app/taskflow/backends/{backend}.py").unlink()
+    project = damaged.bake_quickly(tmp_path / "out", backend=backend)
+    shutil.copy(project / ".env.example", project / ".env")
     command = f"{shlex.quote(sys.executable)} -m uvicorn app.main:app --port {{port}}"
-    with Server(f"exec {command}", project) as server, pytest.raises(AssertionError, match="sqlite"):
+    missing = rf"No module named .*backends\.{backend}"
+    with Server(f"exec {command}", project) as server, pytest.raises(AssertionError, match=missing):
         server.wait_until_ready(seconds=30)
+
+
+@pytest.mark.parametrize("backend", ["redis", "postgres"])
+def test_a_missing_backend_is_missed_by_the_hook_of_the_others(damaged: Template, tmp_path: Path, backend: str) -> None:
+    (Path(damaged.source) / PROJECT / f"app/taskflow/backends/{backend}.py").unlink()
+    baked = damaged.bake(tmp_path / "out")
+    assert baked.code != 0
+    assert f"app/taskflow/backends/{backend}.py" in baked.output

@@ -47,12 +47,15 @@ def test_a_bake_is_linted_and_formatted(template: Template, tmp_path: Path, answ
     must_be_empty(lint_complaints(template.bake_quickly(tmp_path, **answers)))
 
 
-@pytest.mark.parametrize("example_tasks", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "example_tasks"), [(READY_BACKENDS[0], False), *((backend, True) for backend in READY_BACKENDS)]
+)
 def test_a_bake_is_typed(
-    template: Template, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, example_tasks: bool
+    template: Template, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, backend: str, example_tasks: bool
 ) -> None:
-    """The other options do not touch a Python file: the tree lane compares their bytes."""
-    project = template.bake_quickly(tmp_path, example_tasks=example_tasks)
+    """Without the modules of the backends that it does not have, too. The other options do not touch a Python file: the
+    tree lane compares their bytes."""
+    project = template.bake_quickly(tmp_path, backend=backend, example_tasks=example_tasks)
     must_be_empty(type_complaints(project, tmp_path_factory.getbasetemp() / "mypy"))
 
 
