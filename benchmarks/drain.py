@@ -1,7 +1,7 @@
-"""How fast worker processes empty a full queue: `python -m benchmarks.drain [--workers N ...] [--rounds N] [STORE ...]`.
+"""How fast workers empty a full queue: `python -m benchmarks.drain [--workers N ...] [--rounds N] [STORE ...]`.
 
-Each round fills a store with no-op tasks while nobody runs them, starts the workers, and counts from the moment at which
-the last worker may claim to the commit of the last result. Stores take turns. The servers are those of the tests.
+Each round fills a store with no-op tasks while nobody runs them, starts the workers, and counts from the moment at
+which they may claim to the commit of the last result. Stores take turns. The servers are those of the tests.
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ async def work(url: str) -> None:
         await asyncio.to_thread(sys.stdin.read)
 
 
+def start_worker(url: str) -> subprocess.Popen[str]:
+    command, pipe = [sys.executable, "-m", "benchmarks.drain", "--work", url], subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=pipe, stdout=pipe, text=True)
+
+
 async def drain(url: str, workers: int) -> float:
     """Tasks per second."""
     manager = make_manager(url, runs=False)
@@ -78,12 +83,7 @@ async def drain(url: str, workers: int) -> float:
         function = manager.registry.named("nothing").function
         for _ in range(TASKS // 500):
             await asyncio.gather(*(manager.enqueue(function) for _ in range(500)))
-        command = [sys.executable, "-m", "benchmarks.drain", "--work", url]
-        pipe = subprocess.PIPE
-        running = [
-            subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=pipe, stdout=pipe, text=True)
-            for _ in range(workers)
-        ]
+        running = [start_worker(url) for _ in range(workers)]
         for process in running:
             await asyncio.to_thread(process.stdout.readline)  # type: ignore[union-attr]
         began = time.perf_counter()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # its import needs greenlet, which only those have who use it
     from sqlalchemy.ext.asyncio import AsyncSession
 
 
+PORTS = {"postgresql": 5432}
 LISTENING = "taskflow.listening"
 """Under this key a session remembers who is told of its commits: one listener, however often it is used."""
 
@@ -79,6 +80,6 @@ def identity(url: URL) -> tuple[str, str | None, int | None, str | None]:
     """What makes two URLs one database, whatever driver they name. The last part is None for one in memory."""
     kind = url.get_backend_name()
     if kind != "sqlite":
-        return kind, url.host, url.port, url.database
+        return kind, url.host or "localhost", url.port or PORTS.get(kind), url.database or url.username
     in_memory = url.database in (None, "", ":memory:")
     return kind, None, None, None if in_memory else str(Path(url.database or "").resolve())

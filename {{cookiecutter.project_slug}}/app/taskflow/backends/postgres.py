@@ -102,7 +102,7 @@ class PostgresBackend(SqlBackend):
         self._doubt: tuple[str, str, Decision] | None = None
         """A turn whose commit was not answered: its id, its transaction, what it decided."""
         self._gaps: dict[int, int] = {}
-        """Number of an event that is missing -> the first transaction that began after that was noticed."""
+        """Number of an event that is missing -> a transaction that began after that was noticed."""
         self._short: dict[str, float] = {}
         """Queues that gave fewer tasks than the counts promised, and when that was last looked into."""
         self._announced = 0.0
@@ -374,16 +374,23 @@ class PostgresBackend(SqlBackend):
     async def events_after(self, seq: int, limit: int) -> Sequence[TaskEvent]:
         """Numbers are given before commits. Where one is missing, it may be of a transaction that is still open: what
         comes behind it is not shown until all that were open when it was noticed have ended."""
-        rows = await self._read(lambda connection: asked_events(connection, seq, limit))
+        rows = await self._read(lambda connection: asked(connection, "events_after", seq=seq, most=limit))
         found: list[TaskEvent] = []
         expected = seq + 1
-        for number, *cells, oldest, next_one in rows:
-            if number != expected and oldest < self._gaps.setdefault(expected, next_one):
+        for number, *cells, oldest_open in rows:
+            if number != expected and not await self._is_settled(expected, oldest_open):
                 break
             found.append(event_of((number, *cells)))
             expected = number + 1
         self._gaps = {gap: since for gap, since in self._gaps.items() if gap >= expected}
         return found
+
+    async def _is_settled(self, gap: int, oldest_open: int) -> bool:
+        """Whether a number that is missing will never come."""
+        if gap not in self._gaps:
+            ((following,),) = await self._read(lambda connection: asked(connection, "next_transaction"))
+            self._gaps[gap] = following
+        return oldest_open >= self._gaps[gap]
 
     # -- news
 
@@ -454,8 +461,8 @@ def driver(connection: Connection) -> psycopg.Connection[Any]:
     return found
 
 
-def asked_events(connection: Connection, seq: int, limit: int) -> Sequence[Sequence[Any]]:
-    return driver(connection).execute(SQL["events_after"], {"seq": seq, "most": limit}).fetchall()
+def asked(connection: Connection, statement: str, **values: object) -> Sequence[Sequence[Any]]:
+    return driver(connection).execute(SQL[statement], values).fetchall()
 
 
 def tasks_of(cursor: Cursor | None) -> list[StoredTask]:

@@ -240,5 +240,8 @@ SELECT count(*) FROM gone
 
 -- name: events_after
 SELECT seq, task_id, at, kind, attempt, instance, actor, detail,
-    pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+    pg_snapshot_xmin(pg_current_snapshot())::text::bigint
 FROM taskflow_event WHERE seq > %(seq)s ORDER BY seq LIMIT %(most)s
+
+-- name: next_transaction
+SELECT pg_current_xact_id()::text::bigint

@@ -1,0 +1,217 @@
+"""What only Redis can do or break: lost answers, a server that is full, starts or forgets its scripts, memory."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+import redis.asyncio
+
+from app.taskflow import TaskManager, TaskStatus
+from app.taskflow.backends.base import Demand, LogLine, Purge, Turn
+from app.taskflow.backends.redis import RedisBackend
+from app.taskflow.errors import BackendUnavailable, OutcomeUnknown
+from app.taskflow.models import TaskFilter
+
+from .helpers import PATIENCE, START, Bench, all_tasks, assert_counters_match_rows, eventually, make_draft
+from .servers import RedisServer, fresh_redis, redis_url
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with fresh_redis(redis_url()) as found:
+        yield found
+
+
+@pytest.fixture
+async def backend(url: str) -> AsyncIterator[RedisBackend]:
+    found = RedisBackend(url)
+    await found.open()
+    yield found
+    await found.close()
+
+
+def lose_the_answer(monkeypatch: pytest.MonkeyPatch, *, before: bool) -> None:
+    """The next `apply` never reaches the server, or its answer never arrives."""
+    evalsha: Callable[..., Any] = redis.asyncio.Redis.evalsha
+
+    async def lose(self: Any, sha: str, keys: int, *words: Any) -> Any:
+        if words[1] != "apply":
+            return await evalsha(self, sha, keys, *words)
+        monkeypatch.undo()
+        if not before:
+            await evalsha(self, sha, keys, *words)
+        raise redis.ConnectionError("the connection was lost")
+
+    monkeypatch.setattr(redis.asyncio.Redis, "evalsha", lose)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the server had it", "after it was made"])
+async def test_a_turn_whose_answer_was_lost_is_made_once(
+    backend: RedisBackend, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    await Bench(backend).accept(make_draft(task_id="a-task"))
+    draft = make_draft(key="k")
+    demand = Demand({"job": "thread"}, {"thread": 1})
+    line = LogLine("a-task", START, "info", 0, "once")
+    turn = Turn(now=START, instance="one", drafts=[draft], logs=[line], demand=demand, turn_id="first")
+    lose_the_answer(monkeypatch, before=before)
+    with pytest.raises(OutcomeUnknown):
+        await backend.turn(turn)
+    result = await backend.turn(turn)
+    assert (result.existing, [task.task_id for task in result.claimed]) == (frozenset(), ["a-task"])
+    assert [entry.message for entry in await backend.logs("a-task", 0, 10)] == ["once"]
+    assert len(await all_tasks(backend)) == 2
+    await assert_counters_match_rows(backend, START)
+
+
+async def test_another_turn_after_a_lost_answer_is_a_turn_of_its_own(
+    backend: RedisBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_the_answer(monkeypatch, before=False)
+    with pytest.raises(OutcomeUnknown):
+        await backend.turn(Turn(now=START, instance="one", drafts=[make_draft()], turn_id="first"))
+    await backend.turn(Turn(now=START, instance="one", drafts=[make_draft()], turn_id="second"))
+    assert len(await all_tasks(backend)) == 2
+
+
+async def test_a_server_that_forgot_the_script_is_told_it_again(backend: RedisBackend, url: str) -> None:
+    with redis.Redis.from_url(url.partition("?")[0]) as client:
+        client.script_flush()
+    assert await Bench(backend).add()
+
+
+async def test_a_finished_task_takes_less_than_a_kilobyte(backend: RedisBackend, url: str) -> None:
+    """All of it: the task, its events, its places in the indexes, measured by the server."""
+    bench = Bench(backend)
+    with redis.Redis.from_url(url.partition("?")[0]) as client:
+
+        async def used(number: int) -> int:
+            for _ in range(number // 500):
+                await bench.accept(*[draft_of_a_service() for _ in range(500)])
+                while claimed := await bench.claim(500):
+                    for task in claimed[::50]:
+                        await bench.finish(task)
+                    rest = [task for place, task in enumerate(claimed) if place % 50]
+                    await asyncio.gather(*(bench.finish(task, result="null") for task in rest))
+            return int(client.info("memory")["used_memory"])
+
+        start = await used(2_000)
+        assert (await used(4_000) - start) / 4_000 < 1_000 + FEED
+
+
+FEED = 400
+"""Bytes of a task's three events in the feed, which ends at its hundred thousandth."""
+
+
+def draft_of_a_service() -> Any:
+    import uuid_utils
+
+    task_id = str(uuid_utils.uuid7())
+    return make_draft(task_id=task_id, arguments='[[],{"address":"somebody@example.org"}]')
+
+
+async def test_every_filter_finds_what_sql_finds_page_by_page(backend: RedisBackend) -> None:
+    bench = Bench(backend)
+    for number in range(30):
+        await bench.add(
+            ("job", "other")[number % 2], queue=("default", "mail")[number % 3 == 0], tags={"n": str(number % 5)}
+        )
+        bench.pass_time(number % 2)  # pairs share their time
+    everything = await all_tasks(backend, limit=7)
+    assert [record.task_id for record in everything] == sorted((r.task_id for r in everything), reverse=True)
+    assert len(everything) == 30
+    for where, number in (
+        (TaskFilter(func_name="other"), 15),
+        (TaskFilter(queue="mail"), 10),
+        (TaskFilter(func_name="other", queue="mail"), 5),
+        (TaskFilter(statuses=(TaskStatus.PENDING,), tags=(("n", "3"),)), 6),
+        (TaskFilter(text="OTHER"), 15),
+        (TaskFilter(since=START.replace(second=10)), 10),
+        (TaskFilter(statuses=(TaskStatus.SUCCESS,)), 0),
+    ):
+        assert len(await all_tasks(backend, where, limit=4)) == number, where
+
+
+async def test_many_events_of_one_task_stay_in_their_order(backend: RedisBackend) -> None:
+    bench = Bench(backend)
+    task_id = await bench.become(TaskStatus.FAILED)
+    for _ in range(20):
+        await bench.requeue(task_id)
+        await bench.finish(await bench.claim_one(), TaskStatus.FAILED)
+    events = await backend.events(task_id)
+    assert [event.seq for event in events] == sorted(event.seq for event in events)
+    assert len(events) == 3 + 20 * 3
+    bench.pass_time(60)
+    await bench.obey(Purge(bench.now, 1_000))
+    assert (await backend.events(task_id), await backend.events_after(0, 100)) == ([], [])
+
+
+# -- the server
+
+
+@pytest.mark.parametrize("settings", [{"maxmemory": "1"}], ids=["full"])
+async def test_a_server_that_takes_nothing_is_away_and_comes_back(settings: dict[str, str]) -> None:
+    with RedisServer() as server, redis.Redis.from_url(server.url) as client:
+        backend = RedisBackend(server.url)
+        await backend.open()
+        bench = Bench(backend)
+        for name, value in settings.items():
+            client.config_set(name, value)
+        with pytest.raises(BackendUnavailable):
+            await bench.add()
+        client.config_set("maxmemory", "0")
+        assert await bench.add()
+        await backend.close()
+
+
+async def test_a_replica_is_no_server_to_write_to() -> None:
+    with RedisServer() as server, redis.Redis.from_url(server.url) as client:
+        backend = RedisBackend(server.url)
+        await backend.open()
+        client.replicaof("127.0.0.1", 1)
+        with pytest.raises(BackendUnavailable):
+            await Bench(backend).add()
+        client.replicaof("NO", "ONE")
+        assert await Bench(backend).add()
+        await backend.close()
+
+
+async def test_what_the_server_does_not_keep_is_said_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    with RedisServer() as server, redis.Redis.from_url(server.url) as client:
+        client.config_set("appendonly", "no")
+        client.config_set("maxmemory", "1gb")
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        backend = RedisBackend(server.url)
+        await backend.open()
+        await backend.close()
+    assert "appendonly is off" in caplog.text
+    assert "set noeviction" in caplog.text
+
+
+async def test_what_runs_while_the_server_is_killed_is_recorded_when_it_is_back() -> None:
+    with RedisServer() as server:
+        gate = asyncio.Event()
+        manager = TaskManager(snapshot_db=server.url, shutdown_timeout=5.0)
+
+        @manager.task
+        async def waits() -> str:
+            await gate.wait()
+            return "done"
+
+        async with manager.lifespan():
+            task_id = await manager.enqueue(waits)
+            await eventually(lambda: manager.dispatcher.running == 1)
+            await asyncio.to_thread(server.kill)
+            gate.set()
+            with pytest.raises(BackendUnavailable):
+                await manager.enqueue(waits)
+            assert manager.unready() is not None
+            await asyncio.to_thread(server.start)
+            await eventually(lambda: manager.unready() is None)
+            assert await manager.result(task_id, PATIENCE) == "done"
+            kinds = [event.kind for event in await manager.backend.events(task_id)]
+            assert kinds == ["accepted", "started", "succeeded"]
