@@ -54,6 +54,7 @@ ORDER = [
     "backends.sqlite",
     "backends.postgres",
     "backends.redis_keys",
+    "backends.redis_values",
     "backends.redis",
     "backends",
     "journal",

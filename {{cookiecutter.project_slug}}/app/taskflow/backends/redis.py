@@ -21,7 +21,6 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
-import msgpack  # type: ignore[import-untyped]
 import redis
 import redis.asyncio
 import redis.sentinel
@@ -43,7 +42,6 @@ from ..models import (
     TaskFilter,
     TaskPage,
     TaskRecord,
-    TaskStatus,
     from_micros,
     to_micros,
 )
@@ -52,19 +50,34 @@ from .base import AttemptId, Beat, Instance, Pulse, Turn, TurnResult
 from .changes import (
     RESCUE_BATCH,
     STAGE_BATCH,
-    Applied,
-    Changes,
-    Level,
     Snapshot,
-    StoredQueue,
-    StoredSchedule,
-    StoredTask,
     Wants,
 )
-from .redis_keys import COLUMNS, SCHEMA_VERSION, Keys
+from .redis_keys import SCHEMA_VERSION, Keys
+from .redis_values import (
+    applied_of,
+    arguments_of,
+    event_of,
+    index_names,
+    instance_row,
+    level_of,
+    light,
+    line_row,
+    packed,
+    pairs,
+    run_keys_of,
+    schedule_row,
+    stored_queue,
+    stored_schedule,
+    stored_task,
+    task_row,
+    texts,
+    told,
+    unpacked,
+)
 from .rows import log_of, one_off_of, record_of, schedule_of
 from .search import SEARCH_WINDOW, is_search, matches
-from .stored import claim_of, counted, log_row, merged_counts, stored_names
+from .stored import counted, merged_counts
 
 logger = logging.getLogger("taskflow")
 
@@ -77,7 +90,6 @@ READERS = 16
 SENTINEL_PORT = 26379
 PAGE = 500
 """Tasks that a search reads at a time."""
-STATUSES = [name for status in TaskStatus for name in stored_names(status)]
 AWAY = (redis.ConnectionError, redis.TimeoutError, OSError)
 AWAY_ANSWERS = ("LOADING", "READONLY", "BUSY", "MASTERDOWN", "OOM", "MISCONF", "NOREPLICAS", "TRYAGAIN", "CLUSTERDOWN")
 ANNOUNCE_INTERVAL = 0.02
@@ -576,173 +588,6 @@ class RedisBackend:
     async def _tell(self) -> None:
         with suppress(redis.RedisError, OSError):
             await self._reader.publish(self.keys("news"), b"")
-
-
-# -- values
-
-
-def packed(value: Any) -> bytes:
-    """As the script reads it: `false` for None, and no types that its library does not know."""
-    found: bytes = msgpack.packb(plain(value), use_bin_type=False)
-    return found
-
-
-def plain(value: Any) -> Any:
-    if value is None:
-        return False
-    if isinstance(value, Mapping):
-        return {name: plain(cell) for name, cell in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    return value
-
-
-def flags(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns as they are stored: `false` stands for NULL, so a flag is a number."""
-    return {name: int(value) if isinstance(value, bool) else value for name, value in values.items()}
-
-
-def unpacked(value: Any) -> Any:
-    return msgpack.unpackb(value, raw=True, strict_map_key=False)
-
-
-def texts(values: Any) -> list[str]:
-    return [value.decode() for value in values]
-
-
-def pairs(flat: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def cell(value: Any) -> Any:
-    """A stored cell as a value: text, a number, or None."""
-    if value is False:
-        return None
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-
-
-def task_row(task_id: str, value: Any) -> SimpleNamespace:
-    """A task with the attributes of an SQL row, and its newest events."""
-    *cells, events = unpacked(value)
-    return SimpleNamespace(task_id=task_id, events=events, **dict(zip(COLUMNS[:-1], map(cell, cells), strict=True)))
-
-
-FACTS = StoredTask._fields[1:-3]
-
-
-def stored_task(item: Sequence[bytes]) -> StoredTask:
-    task_id, value = item
-    row = task_row(task_id.decode(), value)
-    facts = StoredTask(row.task_id, *(getattr(row, name) for name in FACTS))
-    return facts._replace(requeue=bool(row.requeue), cancel_requested=bool(row.cancel_requested), revision=row.revision)
-
-
-def document(value: bytes) -> dict[str, Any]:
-    return {name.decode(): cell(found) for name, found in unpacked(value).items()}
-
-
-def stored_queue(name: bytes, value: bytes) -> StoredQueue:
-    known = document(value)
-    columns: dict[str, Any] = {column: known.get(column) for column in StoredQueue._fields}
-    return StoredQueue(**{**columns, "name": name.decode(), "paused": bool(columns["paused"])})
-
-
-def schedule_row(name: bytes, value: bytes) -> SimpleNamespace:
-    unset = {"reason": None, "next_tick": None, "last_run": None, "last_task_id": None, "started_at": None}
-    return SimpleNamespace(**{**unset, **document(value), "name": name.decode()})
-
-
-def stored_schedule(name: bytes, value: bytes) -> StoredSchedule:
-    row = schedule_row(name, value)
-    facts = StoredSchedule(*(getattr(row, column) for column in StoredSchedule._fields[:-1]))
-    return facts._replace(overlap=bool(row.overlap), paused=bool(row.paused))
-
-
-def level_of(key: bytes, n: bytes) -> Level:
-    queue, name, status = texts(unpacked(key))
-    return queue, name, status, int(n)
-
-
-def instance_row(value: bytes) -> SimpleNamespace:
-    return SimpleNamespace(**document(value))
-
-
-def event_of(task_id: str, cells: Sequence[Any]) -> TaskEvent:
-    seq, at, kind, attempt, instance, actor, detail = map(cell, cells)
-    return TaskEvent(seq, task_id, from_micros(at), kind, attempt, instance, actor, detail)
-
-
-def told(fields: Mapping[bytes, bytes]) -> TaskEvent:
-    task_id, cells = unpacked(fields[b"e"])
-    return event_of(task_id.decode(), cells)
-
-
-def light(row: SimpleNamespace) -> SimpleNamespace:
-    """Without the columns that a list leaves out."""
-    row.arguments = row.stacktrace = None
-    return row
-
-
-def line_row(number: bytes, fields: Mapping[bytes, bytes]) -> SimpleNamespace:
-    columns = ("task_id", "at", "level", "attempt", "message", "extra")
-    cells = dict(zip(columns, map(cell, unpacked(fields[b"l"])), strict=True))
-    return SimpleNamespace(seq=int(number.split(b"-")[0]), **cells)
-
-
-def run_keys_of(snapshot: Snapshot) -> list[Any]:
-    """What was seen to wait under each key that is decided about."""
-    return [[key, [row.task_id for row in rows]] for key, rows in snapshot.one_offs.items()]
-
-
-def arguments_of(changes: Changes) -> dict[str, Any]:
-    pending = dict.fromkeys(changes.ceilings, 0)
-    running = dict(pending)
-    for (queue, _, status), n in changes.counts.items():
-        if queue in pending:
-            pending[queue] += n * (status == TaskStatus.PENDING)
-            running[queue] += n * (status == TaskStatus.RUNNING)
-    return {
-        "now": changes.now,
-        "me": changes.instance,
-        "progress": [(item.task_id, item.attempt, item.value) for item in changes.progress],
-        "endings": changes.endings,
-        "updates": [(row.task_id, row.revision, flags(values)) for row, values in changes.updates.values()],
-        "inserts": changes.inserts,
-        "ceilings": [
-            (queue, pending[queue], ceiling.pending, running[queue], ceiling.running)
-            for queue, ceiling in changes.ceilings.items()
-        ],
-        "stamps": list(changes.stamps.items()),
-        "advances": [advance._asdict() for advance in changes.advances],
-        "queues": [(name, flags(values)) for name, values in changes.queues],
-        "schedules": [(name, flags(values)) for name, values in changes.schedules],
-        "revoked": changes.revoked,
-        "counts": changes.tally(),
-        "events": changes.events,
-        "logs": [log_row(line) for line in changes.logs],
-        "wishes": [wish._asdict() for wish in changes.wishes],
-        "purges": [(to_micros(purge.before), purge.limit) for purge in changes.purges],
-    }
-
-
-def applied_of(answer: Any) -> Applied:
-    claimed, purged = answer
-    return Applied([claim_of(stored_task(item)) for item in claimed], [(int(n), bool(more)) for n, more in purged])
-
-
-def index_names(where: TaskFilter) -> list[str]:
-    """The sorted sets that together hold what a filter can find."""
-    if where.statuses:
-        names = [stored for status in dict.fromkeys(where.statuses) for stored in stored_names(status)]
-    elif where.schedule is not None:
-        return [f"schedule:{where.schedule}"]
-    elif where.func_name is not None:
-        return [f"name:{where.func_name}"]
-    elif where.queue is not None:
-        return [f"queue:{where.queue}"]
-    else:
-        names = STATUSES
-    return [f"status:{name}" for name in names]
 
 
 def host_and_port(text: str) -> tuple[str, int]:
