@@ -1,4 +1,6 @@
-"""What an instance may go through, with real processes, signals and leases: `python -m benchmarks.ordeals [NAME ...]`.
+"""What an instance may go through, with real processes, signals and leases.
+
+`python -m benchmarks.ordeals [--store sqlite|postgres|redis] [NAME ...]`.
 
 Each ordeal prints what was accepted, lost, doubled and left hanging, and fails when the promise of the task system does
 not hold: every accepted task ends, and one without `requeue_on_interrupt` starts at most once. By hand, because leases
@@ -19,12 +21,16 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Self
 
+from app.taskflow.backends import open_backend
+from app.taskflow.models import TaskFilter
+
 from .__main__ import ROOT, environment
+from .drain import servers_of_the_tests
 
 LEASE = 30.0
 OUTAGE = 40.0
@@ -41,7 +47,7 @@ async def serve(folder: Path, clock_file: str) -> None:
     from app.taskflow import BackendUnavailable, TaskManager, get_task_context
 
     stand_in_for_the_clock(clock_file)
-    manager = TaskManager(snapshot_db=str(folder / "tasks.db"), shutdown_timeout=2.0)
+    manager = TaskManager(snapshot_db=(folder / "url").read_text(), shutdown_timeout=2.0)
     starts = os.open(folder / "starts", os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
     accepted = os.open(folder / "accepted", os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
 
@@ -110,8 +116,12 @@ def stand_in_for_the_clock(clock_file: str) -> None:
 
 
 class Ordeal:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, server: Any) -> None:
         self.folder = folder
+        self.server = server
+        """Of the tests, to be killed and started; None where tasks are in a file."""
+        self.url = server.url if server else f"sqlite:///{folder / 'tasks.db'}"
+        (folder / "url").write_text(self.url)
         self.instances: list[subprocess.Popen[bytes]] = []
 
     def start(self, *, long: bool = False, clock_file: str = "") -> subprocess.Popen[bytes]:
@@ -125,9 +135,21 @@ class Ordeal:
             time.sleep(0.02)
         return instance
 
-    def rows(self, query: str) -> list[Any]:
-        with closing(sqlite3.connect(self.folder / "tasks.db", timeout=30)) as connection:
-            return connection.execute(query).fetchall()
+    def stored(self) -> dict[str, tuple[str, str]]:
+        """Task id -> its name and status."""
+
+        async def read() -> dict[str, tuple[str, str]]:
+            backend = open_backend(self.url)
+            found: dict[str, tuple[str, str]] = {}
+            before = None
+            while True:
+                page = await backend.page(TaskFilter(), before, 500)
+                found |= {record.task_id: (record.func_name, record.status.value) for record in page.tasks}
+                if (before := page.older) is None:
+                    await backend.close()
+                    return found
+
+        return asyncio.run(read())
 
     def accepted(self) -> list[str]:
         return (self.folder / "accepted").read_text().split()
@@ -146,10 +168,11 @@ class Ordeal:
     def settle(self, patience: float) -> None:
         """Returns when nothing waits or runs any more."""
         deadline = time.monotonic() + patience
-        while self.rows("SELECT 1 FROM taskflow_task WHERE name IN ('long', 'again') AND finished_at IS NULL"):
-            if time.monotonic() > deadline:
+        while time.monotonic() < deadline:
+            time.sleep(1)
+            names = ("long", "again")
+            if not any(name in names and status in ("pending", "running") for name, status in self.stored().values()):
                 return
-            time.sleep(0.5)
 
 
 def outage(ordeal: Ordeal) -> None:
@@ -157,11 +180,37 @@ def outage(ordeal: Ordeal) -> None:
     for _ in range(2):
         ordeal.start(long=True)
     time.sleep(2)
-    with closing(sqlite3.connect(ordeal.folder / "tasks.db", timeout=30, isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
+    if ordeal.server:
+        os.kill(ordeal.server.process.pid, signal.SIGSTOP)
         time.sleep(OUTAGE)
-        connection.execute("COMMIT")
+        os.kill(ordeal.server.process.pid, signal.SIGCONT)
+    else:
+        with closing(sqlite3.connect(ordeal.folder / "tasks.db", timeout=30, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            time.sleep(OUTAGE)
+            connection.execute("COMMIT")
     ordeal.settle(LONG + LEASE)
+
+
+def server_kills(ordeal: Ordeal) -> None:
+    """The server is killed three times while two instances are at work, and comes back after ten seconds."""
+    if ordeal.server is None:
+        return
+    for _ in range(2):
+        ordeal.start()
+    slowest = 0.0
+    for _ in range(3):
+        time.sleep(5)
+        ordeal.server.kill()
+        time.sleep(10)
+        ordeal.server.start()
+        known, began = len(ordeal.accepted()), time.monotonic()
+        while len(ordeal.accepted()) == known:
+            time.sleep(0.05)
+        slowest = max(slowest, time.monotonic() - began)
+    print(f"  back at work at most {slowest:.1f} s after the server")
+    time.sleep(5)
+    assert all(instance.poll() is None for instance in ordeal.instances), "an instance has ended"
 
 
 def clocks(ordeal: Ordeal) -> None:
@@ -224,7 +273,7 @@ def kills(ordeal: Ordeal) -> None:
     time.sleep(8)
 
 
-ORDEALS = (outage, clocks, frozen, both_frozen, stops, kills)
+ORDEALS = (outage, clocks, frozen, both_frozen, stops, kills, server_kills)
 
 
 # -- what came of it
@@ -233,7 +282,7 @@ ORDEALS = (outage, clocks, frozen, both_frozen, stops, kills)
 def judge(ordeal: Ordeal, *, spared: bool) -> bool:
     """Whether the promise held. `spared`: nobody died, so nothing may have been interrupted either."""
     accepted = ordeal.accepted()
-    stored = dict(ordeal.rows("SELECT task_id, status FROM taskflow_task"))
+    stored = {task_id: status for task_id, (_, status) in ordeal.stored().items()}
     lost = [task_id for task_id in accepted if task_id not in stored]
     doubled = [key for key, n in ordeal.started().items() if n > 1 and (spared or key[1] != "again")]
     hanging = [task_id for task_id, status in stored.items() if status == "running"]
@@ -246,8 +295,8 @@ def judge(ordeal: Ordeal, *, spared: bool) -> bool:
 
 
 @contextmanager
-def ordeal_in(folder: Path) -> Iterator[Ordeal]:
-    ordeal = Ordeal(folder)
+def ordeal_in(folder: Path, server: Any) -> Iterator[Ordeal]:
+    ordeal = Ordeal(folder, server)
     try:
         yield ordeal
     finally:
@@ -256,9 +305,19 @@ def ordeal_in(folder: Path) -> Iterator[Ordeal]:
             instance.wait()
 
 
+def server_of(store: str) -> AbstractContextManager[Any]:
+    """A server of this ordeal's own, and None for a file."""
+    if store == "sqlite":
+        return nullcontext()
+    servers = servers_of_the_tests()
+    server: AbstractContextManager[Any] = servers.PostgresServer() if store == "postgres" else servers.RedisServer()
+    return server
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.ordeals", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(each.__name__ for each in ORDEALS)}; default: all")
+    parser.add_argument("--store", choices=["sqlite", "postgres", "redis"], default="sqlite")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--clock", default="", help=argparse.SUPPRESS)
     parser.add_argument("--long", action="store_true", help=argparse.SUPPRESS)
@@ -271,7 +330,11 @@ def main() -> None:
         if arguments.names and each.__name__ not in arguments.names:
             continue
         print(f"{each.__name__}: {each.__doc__}", flush=True)
-        with tempfile.TemporaryDirectory() as folder, ordeal_in(Path(folder)) as ordeal:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            server_of(arguments.store) as server,
+            ordeal_in(Path(folder), server) as ordeal,
+        ):
             each(ordeal)
             ordeal.stop_all()
             if not judge(ordeal, spared=each in (outage, clocks, both_frozen)):
