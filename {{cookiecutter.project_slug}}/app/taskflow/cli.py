@@ -20,9 +20,11 @@ from datetime import datetime, timedelta
 from io import TextIOWrapper
 from typing import Any
 
+from .backends import open_backend
+from .copying import copy
 from .errors import TaskflowError
 from .manager import START_TIMEOUT, TaskManager
-from .models import Cursor, LogEntry, TaskEvent, TaskFilter, TaskRecord, TaskStatus
+from .models import Cursor, LogEntry, TaskEvent, TaskFilter, TaskRecord, TaskStatus, utc_now
 from .web import records
 
 MOST_LOG_LINES = 10_000
@@ -49,7 +51,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m app", description="The service's task system.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add(commands, "worker", work, "run tasks without serving HTTP, until interrupted")
-    add(commands, "migrate", migrate, "bring the database's schema up to this code")
+    moving = add(commands, "migrate", migrate, "bring the database's schema up to this code, or copy one into another")
+    moving.add_argument("--from", dest="source", metavar="URL", help="copy all that this stopped system holds")
+    moving.add_argument("--to", dest="target", metavar="URL", help="into this one; run it again if it was interrupted")
+    moving.set_defaults(refuse=moving.error)
     tasks = commands.add_parser("tasks", help="look at tasks, or act on them").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -104,10 +109,39 @@ async def work(manager: TaskManager, _options: argparse.Namespace) -> None:
         await stop.wait()
 
 
-async def migrate(manager: TaskManager, _options: argparse.Namespace) -> None:
+async def migrate(manager: TaskManager, options: argparse.Namespace) -> None:
+    if options.source or options.target:
+        if not (options.source and options.target):
+            options.refuse("--from and --to belong together")
+        await copy_tasks(options.source, options.target)
+        return
     await manager.backend.open()
     await manager.backend.close()
     print(f"{manager.backend_name} is up to date")
+
+
+async def copy_tasks(source_url: str, target_url: str) -> None:
+    """Raises CopyRefused, and TaskflowError when not all of it arrived."""
+    source, target = open_backend(source_url), open_backend(target_url)
+    try:
+        copied = await copy(source, target, utc_now(), tell_progress)
+    finally:
+        tell_progress("", 0)
+        for backend in (source, target):
+            await backend.close()
+    marks = [(line.name, str(line.read), str(line.held), "" if line.same else "DIFFERS") for line in copied.lines]
+    say(table([("", "READ", "HELD", ""), *marks]))
+    if copied.mended:
+        print(f"{copied.mended} rows have cells that cannot be read: something stands for them, no such task will run")
+    if not copied.complete:
+        raise TaskflowError(f"{target.name} does not hold what {source.name} has")
+    print(f"{target.name} holds all of {source.name}; {copied.written} rows were written")
+
+
+def tell_progress(name: str, rows: int) -> None:
+    """For whoever waits at a terminal: one line, which is gone in the end."""
+    if sys.stderr.isatty():
+        print(f"\r{f'{rows} {name}' if name else '':<40}", end="" if name else "\r", file=sys.stderr, flush=True)
 
 
 async def list_tasks(manager: TaskManager, options: argparse.Namespace) -> None:
