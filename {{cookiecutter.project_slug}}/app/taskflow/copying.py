@@ -131,9 +131,9 @@ async def compare(read: Mapping[str, Tally], target: Backend) -> list[Line]:
     for count in await target.counts():
         counts[count.status] += count.n
     found = read["task"].statuses
-    return lines + [
-        Line(status, found[status], counts[status], found[status] == counts[status]) for status in TaskStatus
-    ]
+    for status in TaskStatus:
+        lines.append(Line(f"{status} tasks", found[status], counts[status], found[status] == counts[status]))
+    return lines
 
 
 def digest_of(row: Row) -> int:

@@ -161,6 +161,49 @@ def test_a_service_on_a_newer_schema_takes_nothing_and_says_why(terminal: Termin
     assert terminal.rows("SELECT count(*) FROM taskflow_task") == [(0,)]
 
 
+def test_one_database_is_copied_into_another_and_counted(terminal: Terminal, tmp_path: Path) -> None:
+    done = terminal.add("greet", "ann", tags={"a": "b"})
+    waits = terminal.add("greet", "bob", wait=False)
+    new = Terminal(tmp_path / "new.db", terminal.capsys)
+    command = ("migrate", "--from", f"sqlite:///{terminal.file}", "--to", f"sqlite:///{new.file}")
+    code, out, err = terminal.program(*command)
+    assert (code, err) == (0, "")
+    head, *lines, last = out.splitlines()
+    assert head.split() == ["READ", "HELD"]
+    counts = {tuple(line.rsplit(maxsplit=2)[0].split()): line.split()[-2:] for line in lines}
+    assert counts[("tasks",)] == ["2", "2"]
+    assert counts[("events",)] == ["4", "4"]
+    for name in ("log lines", "success tasks", "pending tasks"):
+        assert counts[tuple(name.split())] == ["1", "1"]
+    assert last.startswith(f"sqlite:///{new.file} holds all of sqlite:///{terminal.file}; ")
+    for words in (("list",), ("show", done), ("show", waits), ("list", "--json")):
+        assert new.run("tasks", *words) == terminal.run("tasks", *words)
+    assert terminal.program(*command)[0] == 0
+    new.do(drain)
+    assert (new.status(waits), terminal.status(waits)) == ("success", "pending")
+    code, out, err = terminal.program(*command)
+    assert code == 1
+    assert err == f"sqlite:///{new.file} does not hold what sqlite:///{terminal.file} has\n"
+    assert re.search(r"^pending tasks +1 +0 +DIFFERS$", out, re.MULTILINE)
+
+
+def test_a_copy_that_would_be_none_is_refused_with_code_1(terminal: Terminal, tmp_path: Path) -> None:
+    terminal.add("greet", "ann")
+    here = f"sqlite:///{terminal.file}"
+    (tmp_path / "link.db").symlink_to(terminal.file)
+    for target, reason in (
+        (f"sqlite:///{tmp_path}/link.db", "are one database"),
+        ("mysql://host/tasks", "no backend for 'mysql'"),
+        ("sqlite:////nowhere/tasks.db", "unable to open database file"),
+    ):
+        code, out, err = terminal.run("migrate", "--from", here, "--to", target)
+        assert (code, out) == (1, "")
+        assert reason in err
+    code, out, err = terminal.run("migrate", "--from", f"sqlite:///{tmp_path}/empty.db", "--to", here)
+    assert (code, out) == (1, "")
+    assert "has no schema of this version" in err
+
+
 # -- tasks
 
 
@@ -400,7 +443,16 @@ def test_a_task_that_succeeded_is_neither_retried_nor_cancelled(terminal: Termin
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("tasks",), ("dance",), ("tasks", "list", "--limit", "0"), ("tasks", "list", "--status", "odd")]
+    "words",
+    [
+        (),
+        ("tasks",),
+        ("dance",),
+        ("tasks", "list", "--limit", "0"),
+        ("tasks", "list", "--status", "odd"),
+        ("migrate", "--from", "sqlite:///tasks.db"),
+        ("migrate", "--to", "sqlite:///tasks.db"),
+    ],
 )
 def test_a_command_that_is_none_is_refused_with_code_2(
     terminal: Terminal, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import itertools
 import sqlite3
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from datetime import timedelta
@@ -14,7 +15,15 @@ from typing import Any
 
 import pytest
 
-from app.taskflow import QueueConfig, QueueFullError, TaskManager, TaskStatus, get_task_context, task_log
+from app.taskflow import (
+    QueueConfig,
+    QueueFullError,
+    TaskDefinitionError,
+    TaskManager,
+    TaskStatus,
+    get_task_context,
+    task_log,
+)
 from app.taskflow.backends import Backend, open_backend
 from app.taskflow.backends.base import KINDS, Revoke
 from app.taskflow.copying import Copied, batches, copy
@@ -394,7 +403,12 @@ async def test_a_difference_is_found_and_named(stores: tuple[Backend, Backend]) 
     task = await Bench(target).claim_one()
     report = await copy(source, target, utc_now())
     assert not report.complete
-    assert {line.name for line in report.lines if not line.same} == {"tasks", "events", "pending", "running"}
+    assert {line.name for line in report.lines if not line.same} == {
+        "tasks",
+        "events",
+        "pending tasks",
+        "running tasks",
+    }
     assert await Bench(target).status(task.task_id) is TaskStatus.RUNNING
 
 
@@ -428,7 +442,7 @@ async def test_broken_rows_arrive_as_readers_were_shown_them_and_never_run(place
     tasks = {line.name: line for line in report.lines}
     assert all(line.same for line in report.lines), report
     assert report.mended == 8
-    assert (tasks["failed"].held, tasks["pending"].held) == (7, 1)
+    assert (tasks["failed tasks"].held, tasks["pending tasks"].held) == (7, 1)
     for task_id in ids[:5]:
         record = await Bench(target).get(task_id)
         assert record.error is not None
@@ -436,3 +450,12 @@ async def test_broken_rows_arrive_as_readers_were_shown_them_and_never_run(place
     assert [task.task_id for task in await Bench(target, now=utc_now()).claim()] == [ids[7]]
     await source.close()
     await target.close()
+
+
+# -- what is not there
+
+
+def test_a_store_that_this_project_was_not_made_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "app.taskflow.backends.postgres", None)
+    with pytest.raises(TaskDefinitionError, match=r"postgresql://ann:\*\*\*@host/tasks: not in this project"):
+        open_backend("postgresql://ann:secret@host/tasks")

@@ -19,9 +19,17 @@ SCHEMES = ("sqlite", "postgresql", "redis", "rediss")
 def open_backend(location: str | None) -> Backend:
     """The backend of a URL or of an SQLite file's path; None is a database in memory. Connects later, in `open()`.
 
-    Raises TaskDefinitionError naming the URL when its scheme is not one of SCHEMES.
+    Raises TaskDefinitionError naming the URL when its scheme is not one of SCHEMES, or is that of a store which this
+    project was not made for.
     """
     url = parse_location(location)
+    try:
+        return backend_of(url)
+    except ModuleNotFoundError as error:
+        raise TaskDefinitionError(f"{url.render_as_string()}: not in this project ({error})") from error
+
+
+def backend_of(url: URL) -> Backend:
     match url.get_backend_name():
         case "sqlite":
             from .sqlite import SqliteBackend

@@ -31,6 +31,8 @@ TABLES: Mapping[str, sa.Table] = {
 REPLACED = ("queue", "schedule")
 """Documents that a service declares when it starts: a target in which one did so gets what the source has."""
 COUNTED = [tables.task.c[name] for name in ("queue", "name", "status", "started_at", "finished_at")]
+AT_ONCE = {"insertmanyvalues_page_size": 50}
+"""Rows of one statement. SQLite looks for each parameter among all of them: with more it takes ten times as long."""
 SMALL = {
     column.name
     for table in TABLES.values()
@@ -101,7 +103,8 @@ def write(connection: Connection, statement: Any, kind: str, rows: Sequence[Mapp
     else:
         statement = statement.on_conflict_do_nothing(index_elements=[key])
     told = COUNTED if table is tables.task else [key]
-    stored: Sequence[Row[Any]] = connection.execute(statement.returning(*told), list(rows)).all()
+    statement = statement.returning(*told)
+    stored: Sequence[Row[Any]] = connection.execute(statement, list(rows), execution_options=AT_ONCE).all()
     return stored
 
 

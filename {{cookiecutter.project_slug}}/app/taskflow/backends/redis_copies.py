@@ -27,7 +27,7 @@ EVENT = ("seq", "at", "kind", "attempt", "instance", "actor", "detail")
 """The cells of a packed event."""
 LINE = ("task_id", "at", "level", "attempt", "message", "extra")
 TASK = ("task_id", *COLUMNS[:-2])
-AT_ONCE = 50
+AT_ONCE = 200
 """Tasks whose events or lines are asked for together."""
 
 

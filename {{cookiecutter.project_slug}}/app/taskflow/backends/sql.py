@@ -431,7 +431,7 @@ class SqlBackend:
             return copies.read(connection, kind, after, limit)
 
     async def load(self, kind: str, rows: Sequence[Mapping[str, Any]]) -> int:
-        return await self._in(self._writing, self._load, kind, rows)
+        return await self._in(self._writing, self._load, kind, rows) if rows else 0
 
     def _load(self, kind: str, rows: Sequence[Mapping[str, Any]]) -> int:
         table = copies.TABLES[kind]
