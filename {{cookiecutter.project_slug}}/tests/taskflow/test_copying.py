@@ -25,11 +25,11 @@ from app.taskflow import (
     task_log,
 )
 from app.taskflow.backends import Backend, open_backend
-from app.taskflow.backends.base import KINDS, Revoke
+from app.taskflow.backends.base import KINDS, LogLine, Purge, Revoke
 from app.taskflow.copying import Copied, batches, copy
 from app.taskflow.errors import CopyRefused
 from app.taskflow.housekeeping import introduce
-from app.taskflow.models import utc_now
+from app.taskflow.models import TaskFilter, utc_now
 from app.taskflow.testing import drain
 
 from .conftest import LOCATIONS, SHARED
@@ -180,11 +180,33 @@ async def add_by_hand(location: str) -> None:
         await other.requeue(often, actor="ann" if number % 2 else None)
         await other.cancel(often, None if number % 2 else "ann")
     await other.obey(Revoke("session", utc_now() + timedelta(days=1)))
+    long_ago = utc_now() - timedelta(days=9)
+    await leave_traces(Bench(backend, "early", now=long_ago), Bench(backend, "other", now=long_ago))
     await backend.close()
+
+
+async def leave_traces(early: Bench, other: Bench) -> None:
+    """Of a task that was deleted: what somebody did to it, a line and an end that came too late."""
+    deleted = await early.add("deleted")
+    (task,) = await early.claim(names={"deleted": "thread"})
+    await early.cancel(deleted, "bob")
+    await other.rescue("early")
+    await other.obey(Purge(early.now + timedelta(days=1), 1_000))
+    assert await other.backend.get(deleted) is None
+    assert not await early.finish(task)
+    await early.turn(logs=[LogLine(deleted, early.now, "info", 0, "too late")])
 
 
 async def rows_of(store: Backend, kind: str) -> list[Mapping[str, Any]]:
     return [row async for batch in batches(store, kind) for row in batch.rows]
+
+
+FILTERS = [
+    *(TaskFilter(statuses=(status,)) for status in TaskStatus),
+    *(TaskFilter(func_name=name) for name in ("greet", "flaky", "hourly", "left")),
+    *(TaskFilter(queue=queue) for queue in ("default", "slow")),
+    TaskFilter(schedule="hourly"),
+]
 
 
 async def contents(store: Backend) -> dict[str, Any]:
@@ -193,7 +215,7 @@ async def contents(store: Backend) -> dict[str, Any]:
     ids = [task.task_id for task in tasks]
     return {
         "tasks": [await store.get(task_id) for task_id in ids],
-        "lists": {status: [task.task_id for task in tasks if task.status is status] for status in TaskStatus},
+        "lists": [await all_tasks(store, where) for where in FILTERS],
         "arguments": await store.arguments(ids, 10_000),
         "events": {task_id: await store.events(task_id) for task_id in ids},
         "logs": {task_id: await store.logs(task_id, 0, 1_000) for task_id in ids},
@@ -221,6 +243,7 @@ async def test_every_record_event_and_line_arrives_as_it_was(pair: tuple[Backend
     for part in before:
         assert after[part] == before[part], part
     assert {task.status for task in after["tasks"]} == set(TaskStatus)
+    assert all(after["lists"])
     assert held_by(report)["tasks"] == len(before["tasks"])
     assert any(len(events) > 20 for events in after["events"].values())
     assert {event.actor for event in after["audit"]} == {"ann", "bob"}
@@ -389,6 +412,19 @@ async def test_a_target_with_a_history_of_its_own_is_refused(stores: tuple[Backe
         await manager.store.pause_queue("slow", "ann")
     with pytest.raises(CopyRefused, match="has a history of its own"):
         await copy(source, target, utc_now())
+
+
+async def test_a_target_where_a_service_was_started_once_gets_the_queues_and_schedules_of_the_source(
+    pair: tuple[Backend, Backend], locations: tuple[str, str]
+) -> None:
+    source, target = pair
+    manager = TaskManager(snapshot_db=locations[1], queues={"slow": QueueConfig(concurrency=9)})
+    manager.schedule(cron="0 2 * * *", name="nightly")(lambda: None)
+    async with manager.lifespan():
+        assert {state.name for state in await manager.schedules.states()} == {"nightly"}
+    assert (await copy(source, target, utc_now())).complete
+    assert await target.queues() == await source.queues()
+    assert await target.schedules() == await source.schedules()
 
 
 async def test_a_source_without_a_schema_is_refused(stores: tuple[Backend, Backend]) -> None:
