@@ -245,3 +245,6 @@ FROM taskflow_event WHERE seq > %(seq)s ORDER BY seq LIMIT %(most)s
 
 -- name: next_transaction
 SELECT pg_current_xact_id()::text::bigint
+
+-- name: clock
+SELECT clock_timestamp()
