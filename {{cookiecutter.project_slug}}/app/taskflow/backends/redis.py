@@ -224,7 +224,7 @@ class RedisBackend:
             self._news = None
         for client in (self._writer, self._reader):
             with suppress(*AWAY):
-                await client.aclose()
+                await client.aclose(close_connection_pool=True)
         if self._sync is not None:
             self._sync.close()
             self._sync = None
@@ -592,7 +592,7 @@ class RedisBackend:
                 await asyncio.sleep(pause_after(failures))
             finally:
                 with suppress(redis.RedisError, OSError):
-                    await client.aclose()
+                    await client.aclose(close_connection_pool=True)
 
     def announce(self) -> None:
         if monotonic() - self._announced >= ANNOUNCE_INTERVAL:
