@@ -19,6 +19,7 @@ ANSWERS: dict[str, Any] = json.loads(r"""{{ cookiecutter | tojson }}""")
 REDIS = (
     "app/taskflow/backends/redis.py",
     "app/taskflow/backends/redis.lua",
+    "app/taskflow/backends/redis_copies.py",
     "app/taskflow/backends/redis_keys.py",
     "app/taskflow/backends/redis_values.py",
     "tests/taskflow/test_redis*.py",

@@ -1,6 +1,7 @@
 """The command line: `python -m app worker`, `migrate`, and `tasks list|show|retry|cancel|purge`.
 
-Owns how tasks look in a terminal. Every command asks the same `TaskStore` as the API and the pages.
+Owns how tasks look in a terminal. Every command asks the same `TaskStore` as the API and the pages, and `--json` prints
+the API's own records. Answers go to standard output, what went wrong to standard error.
 """
 
 from __future__ import annotations
@@ -8,34 +9,33 @@ from __future__ import annotations
 import argparse
 import asyncio
 import getpass
+import json
 import logging
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from io import TextIOWrapper
 from typing import Any
 
+from .backends import open_backend
+from .copying import copy
 from .errors import TaskflowError
 from .manager import START_TIMEOUT, TaskManager
-from .models import Cursor, LogEntry, TaskEvent, TaskFilter, TaskRecord, TaskStatus
+from .models import Cursor, LogEntry, TaskEvent, TaskFilter, TaskRecord, TaskStatus, utc_now
+from .web import records
 
-GLYPHS = {
-    TaskStatus.PENDING: "○",
-    TaskStatus.RUNNING: "◐",
-    TaskStatus.SUCCESS: "●",
-    TaskStatus.FAILED: "✕",
-    TaskStatus.INTERRUPTED: "◧",
-    TaskStatus.CANCELLED: "⊘",
-    TaskStatus.REJECTED: "⊝",
-}
+MOST_LOG_LINES = 10_000
+"""Of the task that is shown; as many as the API's record carries."""
+LISTED = ("STATUS", "TASK", "FUNCTION", "QUEUE", "CREATED", "ATTEMPT", "SECONDS", "ERROR")
 Command = Callable[[TaskManager, argparse.Namespace], Coroutine[Any, Any, None]]
 
 
 def main(manager: TaskManager, arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 1 with the reason on standard error."""
-    if isinstance(sys.stdout, TextIOWrapper):  # a terminal or a pipe whose encoding has no such glyphs
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal or a pipe whose encoding lacks what a text has
         sys.stdout.reconfigure(errors="replace")
     options = make_parser().parse_args(arguments)
     command: Command = options.command
@@ -51,7 +51,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m app", description="The service's task system.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add(commands, "worker", work, "run tasks without serving HTTP, until interrupted")
-    add(commands, "migrate", migrate, "bring the database's schema up to this code")
+    moving = add(commands, "migrate", migrate, "bring the database's schema up to this code, or copy one into another")
+    moving.add_argument("--from", dest="source", metavar="URL", help="copy all that this stopped system holds")
+    moving.add_argument("--to", dest="target", metavar="URL", help="into this one; run it again if it was interrupted")
+    moving.set_defaults(refuse=moving.error)
     tasks = commands.add_parser("tasks", help="look at tasks, or act on them").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -60,12 +63,16 @@ def make_parser() -> argparse.ArgumentParser:
     listing.add_argument("--name", help="of the task function")
     listing.add_argument("--limit", type=positive, default=20)
     listing.add_argument("--before", help="continue below this place, as the last page said")
+    listing.add_argument("--json", action="store_true", help="the API's records, as one JSON array")
     for name, command, text in (
         ("show", show_task, "one task with its history and its log"),
         ("retry", retry_task, "run it again"),
         ("cancel", cancel_task, "never run it, or ask it to stop"),
     ):
-        add(tasks, name, command, text).add_argument("task_id")
+        one = add(tasks, name, command, text)
+        one.add_argument("task_id")
+        if command is show_task:
+            one.add_argument("--json", action="store_true", help="the API's record, as JSON")
     purge = add(tasks, "purge", purge_tasks, "delete tasks that ended long ago")
     purge.add_argument("--days", type=float, required=True, help="keep what ended within so many days")
     return parser
@@ -102,10 +109,39 @@ async def work(manager: TaskManager, _options: argparse.Namespace) -> None:
         await stop.wait()
 
 
-async def migrate(manager: TaskManager, _options: argparse.Namespace) -> None:
+async def migrate(manager: TaskManager, options: argparse.Namespace) -> None:
+    if options.source or options.target:
+        if not (options.source and options.target):
+            options.refuse("--from and --to belong together")
+        await copy_tasks(options.source, options.target)
+        return
     await manager.backend.open()
     await manager.backend.close()
     print(f"{manager.backend_name} is up to date")
+
+
+async def copy_tasks(source_url: str, target_url: str) -> None:
+    """Raises CopyRefused, and TaskflowError when not all of it arrived."""
+    source, target = open_backend(source_url), open_backend(target_url)
+    try:
+        copied = await copy(source, target, utc_now(), tell_progress)
+    finally:
+        tell_progress("", 0)
+        for backend in (source, target):
+            await backend.close()
+    marks = [(line.name, str(line.read), str(line.held), "" if line.same else "DIFFERS") for line in copied.lines]
+    say(table([("", "READ", "HELD", ""), *marks]))
+    if copied.mended:
+        print(f"{copied.mended} rows have cells that cannot be read: something stands for them, no such task will run")
+    if not copied.complete:
+        raise TaskflowError(f"{target.name} does not hold what {source.name} has")
+    print(f"{target.name} holds all of {source.name}; {copied.written} rows were written")
+
+
+def tell_progress(name: str, rows: int) -> None:
+    """For whoever waits at a terminal: one line, which is gone in the end."""
+    if sys.stderr.isatty():
+        print(f"\r{f'{rows} {name}' if name else '':<40}", end="" if name else "\r", file=sys.stderr, flush=True)
 
 
 async def list_tasks(manager: TaskManager, options: argparse.Namespace) -> None:
@@ -116,33 +152,37 @@ async def list_tasks(manager: TaskManager, options: argparse.Namespace) -> None:
         raise TaskflowError(str(error)) from error
     async with reading(manager):
         page = await manager.store.page(where, before, options.limit)
-    for record in page.tasks:
-        print(line_of(record))
-    if page.older:
-        print(f"more: --before {page.older}")
+    if options.json:
+        say_json([records.task_row(manager.store, task) for task in page.tasks])
+    else:
+        say(table([LISTED, *map(cells_of, page.tasks)] if page.tasks else []))
+    if page.older:  # apart from the one document, which a program reads
+        print(f"more: --before {page.older}", file=sys.stderr if options.json else sys.stdout)
 
 
 async def show_task(manager: TaskManager, options: argparse.Namespace) -> None:
     async with reading(manager):
         record = await manager.store.get(options.task_id)
         events = await manager.store.events(options.task_id)
-        logs = await manager.store.logs(options.task_id)
-    print(line_of(record))
+        logs = await manager.store.logs(options.task_id, limit=MOST_LOG_LINES)
+    if options.json:
+        say_json(records.task_record(manager.store, record, logs))
+        return
+    say(table(facts_of(record, records.returned(manager.store, record, listed=True))))
     entries: list[TaskEvent | LogEntry] = [*events, *logs]
-    for entry in sorted(entries, key=lambda entry: entry.time):
-        print(f"  {entry.time:%Y-%m-%d %H:%M:%S.%f}  {words_of(entry)}")
+    say(["", *table([history_of(entry) for entry in sorted(entries, key=lambda entry: entry.time)])])
     if record.stacktrace:
-        print(record.stacktrace)
+        print(f"\n{printable(record.stacktrace)}")
 
 
 async def retry_task(manager: TaskManager, options: argparse.Namespace) -> None:
     async with commanding(manager):
-        print(line_of(await manager.store.retry(options.task_id, operator())))
+        say(table([told(await manager.store.retry(options.task_id, operator()))]))
 
 
 async def cancel_task(manager: TaskManager, options: argparse.Namespace) -> None:
     async with commanding(manager):
-        print(line_of(await manager.store.cancel(options.task_id, operator())))
+        say(table([told(await manager.store.cancel(options.task_id, operator()))]))
 
 
 async def purge_tasks(manager: TaskManager, options: argparse.Namespace) -> None:
@@ -182,21 +222,86 @@ async def commanding(manager: TaskManager) -> AsyncIterator[None]:
 # -- words
 
 
-def line_of(record: TaskRecord) -> str:
-    ran = "" if record.duration is None else f"  {record.duration:.3f} s"
-    error = f"  {record.error.splitlines()[0][:80]}" if record.error else ""
+def cells_of(record: TaskRecord) -> Sequence[str]:
+    """A task as a row of the list; its columns are LISTED."""
     return (
-        f"{GLYPHS[record.status]} {record.status:<11} {record.task_id}  {record.func_name}  "
-        f"{record.created_at:%Y-%m-%d %H:%M:%S}  attempt {record.attempt}{ran}{error}"
+        record.status,
+        record.task_id,
+        record.func_name,
+        record.queue,
+        second_of(record.created_at),
+        f"{record.attempt}/{record.max_attempts}",
+        seconds_of(record),
+        (record.error or "").partition("\n")[0],
     )
 
 
-def words_of(entry: TaskEvent | LogEntry) -> str:
+def told(record: TaskRecord) -> Sequence[str]:
+    """What a command made of a task."""
+    return record.status, record.task_id, record.func_name
+
+
+def facts_of(record: TaskRecord, returned: object) -> list[Sequence[str]]:
+    """What a task is, a fact a line; without what it has not."""
+    facts = {
+        "task": record.task_id,
+        "function": record.func_name,
+        "status": record.status,
+        "queue": record.queue,
+        "priority": "" if record.priority is None else str(record.priority),
+        "attempt": f"{record.attempt} of {record.max_attempts}",
+        "created": second_of(record.created_at),
+        "runs at": second_of(record.run_at) if record.run_at > record.created_at else "",
+        "started": second_of(record.start_time),
+        "ended": second_of(record.end_time),
+        "seconds": seconds_of(record),
+        "tags": ", ".join(f"{key}={value}" for key, value in record.tags.items()),
+        "progress": json.dumps(records.plain(record.progress)) if record.progress else "",
+        "result": "" if returned is None else json.dumps(returned),
+        "error": (record.error or "").partition("\n")[0],
+    }
+    return [(name, fact) for name, fact in facts.items() if fact]
+
+
+def history_of(entry: TaskEvent | LogEntry) -> Sequence[str]:
+    """A line of a task's history: when, the event or the level, what."""
+    time = f"{entry.time:%Y-%m-%d %H:%M:%S.%f}"
     if isinstance(entry, LogEntry):
-        return f"{entry.level:<9}{entry.message}"
-    who = f" by {entry.actor}" if entry.actor else ""
-    attempt = "" if entry.attempt is None else f" (attempt {entry.attempt + 1})"
-    return f"{entry.kind}{attempt}{who}" + (f": {entry.detail}" if entry.detail else "")
+        return time, entry.level, entry.message
+    attempt = "" if entry.attempt is None else f"attempt {entry.attempt + 1}"
+    who = f"by {entry.actor}" if entry.actor else ""
+    return time, entry.kind, ", ".join(part for part in (attempt, who, entry.detail) if part)
+
+
+def second_of(moment: datetime | None) -> str:
+    return "" if moment is None else f"{moment:%Y-%m-%d %H:%M:%S}"
+
+
+def seconds_of(record: TaskRecord) -> str:
+    return "" if record.duration is None else f"{record.duration:.3f}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines in which the cells of a column stand below each other."""
+    shown = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey: an error's text may have come from anywhere."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+
+
+def say(lines: Sequence[str]) -> None:
+    """A terminal would break a line that is longer than it is wide; a file or a pipe gets it whole."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in lines:
+        print(line[:width])
+
+
+def say_json(document: object) -> None:
+    print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def operator() -> str:

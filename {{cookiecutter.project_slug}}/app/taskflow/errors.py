@@ -102,6 +102,10 @@ class OutcomeUnknown(BackendUnavailable):
     """The database went away while it committed: it will say later whether it did."""
 
 
+class CopyRefused(TaskflowError):
+    """A copy from one store to another that would not be one. Nothing was written."""
+
+
 class BadSchedule(TaskDefinitionError):
     """A schedule that cannot be: refused where it is written."""
 

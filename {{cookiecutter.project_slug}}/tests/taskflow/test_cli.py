@@ -1,6 +1,7 @@
 """The command line: a worker that drains, a migration, and the commands about tasks, as an operator sees them."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -15,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from app.taskflow import BackendUnavailable, TaskManager, TaskStatus
+from app.taskflow import BackendUnavailable, TaskManager
 from app.taskflow.backends.tables import SCHEMA_VERSION
-from app.taskflow.cli import GLYPHS, main
+from app.taskflow.cli import LISTED, main
 from app.taskflow.testing import drain
+from app.taskflow.web.shapes import ShownTask, ShownTaskRecord
 
 from .cli_app import make_manager
 
@@ -159,23 +161,113 @@ def test_a_service_on_a_newer_schema_takes_nothing_and_says_why(terminal: Termin
     assert terminal.rows("SELECT count(*) FROM taskflow_task") == [(0,)]
 
 
+def test_one_database_is_copied_into_another_and_counted(terminal: Terminal, tmp_path: Path) -> None:
+    done = terminal.add("greet", "ann", tags={"a": "b"})
+    waits = terminal.add("greet", "bob", wait=False)
+    new = Terminal(tmp_path / "new.db", terminal.capsys)
+    command = ("migrate", "--from", f"sqlite:///{terminal.file}", "--to", f"sqlite:///{new.file}")
+    code, out, err = terminal.program(*command)
+    assert (code, err) == (0, "")
+    head, *lines, last = out.splitlines()
+    assert head.split() == ["READ", "HELD"]
+    counts = {tuple(line.rsplit(maxsplit=2)[0].split()): line.split()[-2:] for line in lines}
+    assert counts[("tasks",)] == ["2", "2"]
+    assert counts[("events",)] == ["4", "4"]
+    for name in ("log lines", "success tasks", "pending tasks"):
+        assert counts[tuple(name.split())] == ["1", "1"]
+    assert last.startswith(f"sqlite:///{new.file} holds all of sqlite:///{terminal.file}; ")
+    for words in (("list",), ("show", done), ("show", waits), ("list", "--json")):
+        assert new.run("tasks", *words) == terminal.run("tasks", *words)
+    assert terminal.program(*command)[0] == 0
+    new.do(drain)
+    assert (new.status(waits), terminal.status(waits)) == ("success", "pending")
+    code, out, err = terminal.program(*command)
+    assert code == 1
+    assert err == f"sqlite:///{new.file} does not hold what sqlite:///{terminal.file} has\n"
+    assert re.search(r"^pending tasks +1 +0 +DIFFERS$", out, re.MULTILINE)
+
+
+def test_a_copy_that_would_be_none_is_refused_with_code_1(terminal: Terminal, tmp_path: Path) -> None:
+    terminal.add("greet", "ann")
+    here = f"sqlite:///{terminal.file}"
+    (tmp_path / "link.db").symlink_to(terminal.file)
+    for target, reason in (
+        (f"sqlite:///{tmp_path}/link.db", "are one database"),
+        ("mysql://host/tasks", "no backend for 'mysql'"),
+        ("sqlite:////nowhere/tasks.db", "unable to open database file"),
+    ):
+        code, out, err = terminal.run("migrate", "--from", here, "--to", target)
+        assert (code, out) == (1, "")
+        assert reason in err
+    code, out, err = terminal.run("migrate", "--from", f"sqlite:///{tmp_path}/empty.db", "--to", here)
+    assert (code, out) == (1, "")
+    assert "has no schema of this version" in err
+
+
 # -- tasks
 
 
-def test_the_list_shows_each_task_on_a_line_newest_first(terminal: Terminal) -> None:
+def test_the_list_shows_each_task_on_a_line_newest_first_in_columns(terminal: Terminal) -> None:
     succeeded = terminal.add("greet", "ann")
     failed = terminal.add("fail", "no\nway")
     waiting = terminal.add("greet", "bob", wait=False, delay_seconds=3_600)
     code, out, err = terminal.program("tasks", "list")
     assert (code, err) == (0, "")
-    lines = out.splitlines()
-    assert [line.split()[:4] for line in lines] == [
-        [GLYPHS[TaskStatus.PENDING], "pending", waiting, "greet"],
-        [GLYPHS[TaskStatus.FAILED], "failed", failed, "fail"],
-        [GLYPHS[TaskStatus.SUCCESS], "success", succeeded, "greet"],
+    assert out.isascii()
+    head, *lines = out.splitlines()
+    assert tuple(head.split()) == LISTED
+    places = [head.index(name) for name in LISTED]
+    rows = [[line[a:b].strip() for a, b in zip(places, [*places[1:], None], strict=True)] for line in lines]
+    assert [row[:4] for row in rows] == [
+        ["pending", waiting, "greet", "default"],
+        ["failed", failed, "fail", "default"],
+        ["success", succeeded, "greet", "default"],
     ]
-    assert lines[1].endswith("  no")
-    assert re.search(r"attempt 1  \d+\.\d{3} s$", lines[2])
+    assert [row[5] for row in rows] == ["0/1", "1/1", "1/1"]
+    assert [row[7] for row in rows] == ["", "no", ""]
+    assert re.fullmatch(r"\d+\.\d{3}", rows[2][6])
+
+
+def test_a_table_is_cut_to_the_width_of_the_terminal_and_a_pipe_gets_it_whole(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal.add("fail", "x" * 300)
+    assert "x" * 300 in terminal.run("tasks", "list")[1]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "72")
+    assert [len(line) <= 72 for line in terminal.run("tasks", "list")[1].splitlines()] == [True, True]
+
+
+def test_what_a_terminal_would_obey_is_not_printed(terminal: Terminal) -> None:
+    task_id = terminal.add("fail", "\x1b[2Jgone")
+    for words in (("list",), ("show", task_id)):
+        out = terminal.run("tasks", *words)[1]
+        assert "\x1b" not in out
+        assert "[2Jgone" in out
+
+
+def test_json_is_the_api_s_own_record(terminal: Terminal) -> None:
+    greeted, failed = terminal.add("greet", "ann"), terminal.add("fail", "no")
+    code, out, err = terminal.run("tasks", "list", "--json")
+    assert (code, err) == (0, "")
+    listed = json.loads(out)
+    assert [ShownTask.model_validate(row).task_id for row in listed] == [failed, greeted]
+    assert [row["result"] for row in listed] == [None, "ann"]
+    shown = json.loads(terminal.run("tasks", "show", failed, "--json")[1])
+    assert ShownTaskRecord.model_validate(shown).stacktrace
+    assert {name: shown[name] for name in listed[0]} == listed[0]
+    assert json.loads(terminal.run("tasks", "show", greeted, "--json")[1])["logs"][0].endswith(" hello ann")
+
+
+def test_json_stays_one_document_where_there_is_more(terminal: Terminal) -> None:
+    terminal.run("migrate")
+    assert terminal.run("tasks", "list", "--json") == (0, "[]\n", "")
+    ids = [terminal.add("greet", str(number)) for number in range(3)]
+    code, out, err = terminal.run("tasks", "list", "--json", "--limit", "2")
+    assert [row["task_id"] for row in json.loads(out)] == ids[:0:-1]
+    assert (code, err.split()[:2]) == (0, ["more:", "--before"])
+    (last,) = json.loads(terminal.run("tasks", "list", "--json", *err.split()[1:])[1])
+    assert last["task_id"] == ids[0]
 
 
 def test_the_list_is_narrowed_and_continued(terminal: Terminal) -> None:
@@ -187,19 +279,18 @@ def test_the_list_is_narrowed_and_continued(terminal: Terminal) -> None:
         return ids
 
     ids = terminal.do(act)
-    assert [line.split()[1] for line in terminal.run("tasks", "list", "--status", "failed")[1].splitlines()] == [
-        "failed"
-    ]
+    failed = terminal.run("tasks", "list", "--status", "failed")[1].splitlines()
+    assert [line.split()[0] for line in failed] == ["STATUS", "failed"]
     seen: list[str] = []
     before: tuple[str, ...] = ()
     for _ in range(3):
         code, out, _ = terminal.run("tasks", "list", "--name", "greet", "--limit", "2", *before)
-        *lines, last = out.splitlines()
+        _, *lines, last = out.splitlines()
         if last.startswith("more: "):
             before = tuple(last.removeprefix("more: ").split())
         else:
             lines.append(last)
-        seen += [line.split()[2] for line in lines]
+        seen += [line.split()[1] for line in lines]
         assert code == 0
     assert seen == ids[::-1]
 
@@ -215,14 +306,14 @@ def test_looking_waits_for_nobody_who_writes(terminal: Terminal) -> None:
         assert "locked" in terminal.run("tasks", "purge", "--days", "1")[2]
 
 
-def test_a_terminal_without_the_glyphs_still_shows_the_list(
+def test_a_terminal_without_the_letters_still_shows_the_list(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task_id = terminal.add("greet", "ann")
-    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    terminal.add("fail", "unmöglich ✕")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     code, out, err = terminal.program("tasks", "list")
     assert (code, err) == (0, "")
-    assert out.split()[:3] == ["?", "success", task_id]
+    assert out.rstrip().endswith("unm?glich ?")
 
 
 def test_an_empty_list_is_no_error(terminal: Terminal) -> None:
@@ -252,13 +343,28 @@ def test_looking_and_commanding_leaves_no_instance_and_cancels_nothing(
 
 
 def test_one_task_is_shown_with_its_history_its_log_and_its_traceback(terminal: Terminal) -> None:
-    code, out, err = terminal.run("tasks", "show", terminal.add("greet", "ann"))
+    greeted = terminal.add("greet", "ann", tags={"who": "ann", "a": "b"}, priority=3)
+    code, out, err = terminal.run("tasks", "show", greeted)
     assert (code, err) == (0, "")
-    words = [" ".join(line.split()[2:]) for line in out.splitlines()[1:]]
-    assert words == ["accepted", "started (attempt 1)", "info hello ann", "succeeded (attempt 1)"]
+    facts, history = out.split("\n\n")
+    shown = dict(line.split(maxsplit=1) for line in facts.splitlines())
+    for name in ("created", "started", "ended", "seconds"):
+        assert shown.pop(name)
+    assert shown == {
+        "task": greeted,
+        "function": "greet",
+        "status": "success",
+        "queue": "default",
+        "priority": "3",
+        "attempt": "1 of 1",
+        "tags": "who=ann, a=b",
+        "result": '"ann"',
+    }
+    words = [" ".join(line.split()[2:]) for line in history.splitlines()]
+    assert words == ["accepted", "started attempt 1", "info hello ann", "succeeded attempt 1"]
     code, out, _ = terminal.run("tasks", "show", terminal.add("fail", "no way"))
     assert code == 0
-    assert "failed (attempt 1): no way" in out
+    assert "attempt 1, no way" in out
     assert "ValueError: no way" in out.splitlines()
 
 
@@ -269,7 +375,7 @@ def test_a_retry_runs_when_a_worker_comes_and_names_the_operator(
     failed = terminal.add("fail", "no")
     code, out, err = terminal.run("tasks", "retry", failed)
     assert (code, err) == (0, "")
-    assert out.split()[1:3] == ["pending", failed]
+    assert out.split() == ["pending", failed, "fail"]
     assert terminal.status(failed) == "pending"
     assert terminal.rows("SELECT actor FROM taskflow_event WHERE kind = 'requeued'") == [("ann (command line)",)]
     terminal.do(drain)
@@ -292,7 +398,7 @@ def test_an_operator_whom_the_system_does_not_name_can_act(
 def test_a_cancelled_task_never_runs(terminal: Terminal) -> None:
     task_id = terminal.add("greet", "ann", wait=False)
     code, out, _ = terminal.run("tasks", "cancel", task_id)
-    assert (code, out.split()[1]) == (0, "cancelled")
+    assert (code, out.split()) == (0, ["cancelled", task_id, "greet"])
     terminal.do(drain)
     assert terminal.status(task_id) == "cancelled"
 
@@ -337,7 +443,16 @@ def test_a_task_that_succeeded_is_neither_retried_nor_cancelled(terminal: Termin
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("tasks",), ("dance",), ("tasks", "list", "--limit", "0"), ("tasks", "list", "--status", "odd")]
+    "words",
+    [
+        (),
+        ("tasks",),
+        ("dance",),
+        ("tasks", "list", "--limit", "0"),
+        ("tasks", "list", "--status", "odd"),
+        ("migrate", "--from", "sqlite:///tasks.db"),
+        ("migrate", "--to", "sqlite:///tasks.db"),
+    ],
 )
 def test_a_command_that_is_none_is_refused_with_code_2(
     terminal: Terminal, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]

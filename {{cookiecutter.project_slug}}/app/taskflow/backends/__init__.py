@@ -28,7 +28,8 @@ SCHEMES = tuple(IMPLEMENTATIONS)
 def open_backend(location: str | None) -> Backend:
     """The backend of a URL or of an SQLite file's path; None is a database in memory. Connects later, in `open()`.
 
-    Raises TaskDefinitionError naming the URL when its scheme is not one of SCHEMES.
+    Raises TaskDefinitionError naming the URL when its scheme is not one of SCHEMES, or is that of a store which this
+    project was not made for.
     """
     url = parse_location(location)
     scheme = url.get_backend_name()

@@ -30,6 +30,8 @@ from ..models import (
     TaskStatus,
 )
 
+KINDS = ("queue", "schedule", "revoked", "task", "event", "log")
+"""What is copied from one store to another, in the order in which it is: events and lines come behind their tasks."""
 AttemptId = tuple[str, int]
 """One attempt of one task: its task's id and its number, from 1. A process may run two attempts of a task at a time,
 when it lost the lease of the first."""
@@ -445,6 +447,17 @@ class Pulse(NamedTuple):
         return self.stamp != 0 and self.lease == 0
 
 
+class Batch(NamedTuple):
+    """Rows of one kind on their way from one store to another."""
+
+    rows: Sequence[Mapping[str, Any]]
+    """With the columns of `tables.py` as keys, whatever the store."""
+    after: str | None
+    """The place where the next ones begin; None behind the last row."""
+    mended: int = 0
+    """Rows in which something stands for a cell that could not be read."""
+
+
 class Backend(Protocol):
     """Storage of tasks. Every method raises `BackendUnavailable` when the database does not answer in time."""
 
@@ -530,3 +543,12 @@ class Backend(Protocol):
 
     async def arguments(self, task_ids: Sequence[str], most: int) -> Mapping[str, str]:
         """The first `most` characters of these tasks' encoded arguments, by id; at most a page's worth of ids."""
+
+    # -- copies: of a system that stands still
+    async def dump(self, kind: str, after: str, limit: int) -> Batch:
+        """About so many rows of one of KINDS, each row once, in an order that stays the same. `after` is a place that
+        another batch named; "" is the beginning."""
+
+    async def load(self, kind: str, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Stores those that are not there yet, with the counts and whatever they are found by, and says how many. The
+        next number is behind those of the events and lines. A queue or a schedule that is there becomes as it comes."""

@@ -148,6 +148,11 @@ class PostgresBackend(SqlBackend):
         part = str(uuid_utils.uuid7())
         connection.execute(deltas.insert(), [{**row, "part": part} for row in rows])
 
+    def go_behind(self, connection: Connection, table: sa.Table) -> None:
+        if "seq" in table.c:
+            last = sa.func.setval(sa.func.pg_get_serial_sequence(table.name, "seq"), sa.func.max(table.c.seq))
+            connection.execute(sa.select(last))
+
     # -- the turn
 
     def _turn(self, turn: Turn) -> TurnResult:

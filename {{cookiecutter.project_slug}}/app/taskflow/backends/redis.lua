@@ -1,5 +1,6 @@
 -- What happens inside Redis, in one step each: `look` shows the rules what they have to see, `apply` writes what they
--- decided, `beat` and `leave` keep the book of instances. Nothing here asks why: fences are compared, rows are moved.
+-- decided, `load` takes in the rows of another store, `beat` and `leave` keep the book of instances. Nothing here asks
+-- why: fences are compared, rows are moved.
 --
 -- KEYS[1] is the prefix of all keys, in one hash slot. ARGV[1] names the function, ARGV[2] is its packed argument, and so
 -- is the answer. A task is one packed list, which takes a third of a hash: its columns in the order of COLUMNS, `false`
@@ -438,6 +439,128 @@ local function apply(changes)
     return answer
 end
 
+-- load: rows of another store, those that are not here yet ---------------------------------------------------------
+
+local take = {}
+
+local function newest(name)
+    local entry = redis.call('XREVRANGE', name, '+', '-', 'COUNT', 1)[1]
+    return entry and tonumber(string.match(entry[1], '^%d+')) or 0
+end
+
+local function append(name, seq, field, value)
+    redis.call('XADD', name, number(seq) .. '-0', field, cmsgpack.pack(value))
+end
+
+local function go_behind(name, seq)
+    if seq > tonumber(redis.call('GET', key(name)) or '0') then redis.call('SET', key(name), number(seq)) end
+end
+
+local function put_documents(name, rows)
+    for _, row in ipairs(rows) do redis.call('HSET', key(name), row[1], cmsgpack.pack(row[2])) end
+    return #rows
+end
+
+function take.queue(rows) return put_documents('queues', rows) end
+
+function take.schedule(rows) return put_documents('schedules', rows) end
+
+function take.revoked(rows)
+    local added = 0
+    for _, row in ipairs(rows) do added = added + redis.call('ZADD', key('revoked'), 'NX', number(row[2]), row[1]) end
+    return added
+end
+
+function take.task(rows)
+    local added = 0
+    for _, row in ipairs(rows) do
+        local id, task = row[1], {revision = 1, events = {}}
+        if not load(id) then
+            for at = 1, #COLUMNS - 2 do task[COLUMNS[at]] = row[at + 1] end
+            tasks[id], changed[id] = task, true
+            file(id, task)
+            place(id, task)
+            count(task.queue, task.name, task.status, 1,
+                task.started_at and task.finished_at and task.finished_at - task.started_at)
+            added = added + 1
+        end
+    end
+    return added
+end
+
+-- The events of a task, or of whatever else, by their numbers: they may come in any order.
+local function merge(id, fresh)
+    local task, all, known, added = load(id), {}, {}, 0
+    for _, packed in ipairs(redis.call('LRANGE', key('events', id), 0, -1)) do
+        table.insert(all, cmsgpack.unpack(packed))
+    end
+    for _, event in ipairs(task and task.events or {}) do table.insert(all, event) end
+    for _, event in ipairs(all) do known[event[1]] = true end
+    for _, event in ipairs(fresh) do
+        if not known[event[1]] then
+            table.insert(all, event)
+            added = added + 1
+        end
+    end
+    if added == 0 then return 0 end
+    table.sort(all, function(one, other) return one[1] < other[1] end)
+    redis.call('DEL', key('events', id))
+    if task then
+        task.events, changed[id] = all, true
+    else
+        for _, event in ipairs(all) do redis.call('RPUSH', key('events', id), cmsgpack.pack(event)) end
+        redis.call('SADD', key('subjects'), id)
+    end
+    return added
+end
+
+-- The feed begins with what happens next: only events that are kept nowhere else go there.
+function take.event(rows)
+    local fresh, added, last = {}, 0, 0
+    local acts, news = newest(key('audit')), newest(key('feed'))
+    for _, row in ipairs(rows) do
+        local id, event = row[1], row[2]
+        local seq, actor = event[1], event[6]
+        last = math.max(last, seq)
+        if id ~= '' then
+            fresh[id] = fresh[id] or {}
+            table.insert(fresh[id], event)
+        elseif seq > news then
+            append(key('feed'), seq, 'e', row)
+            news, added = seq, added + 1
+        end
+        if actor and seq > acts then
+            append(key('audit'), seq, 'e', row)
+            acts = seq
+        end
+    end
+    for id, events in pairs(fresh) do added = added + merge(id, events) end
+    go_behind('seq', last)
+    return added
+end
+
+function take.log(rows)
+    local newest_of, added, last = {}, 0, 0
+    for _, row in ipairs(rows) do
+        local seq, line = row[1], row[2]
+        local name = key('logs', line[1])
+        newest_of[name] = newest_of[name] or newest(name)
+        if seq > newest_of[name] then
+            append(name, seq, 'l', line)
+            newest_of[name], added = seq, added + 1
+        end
+        last = math.max(last, seq)
+    end
+    go_behind('log_seq', last)
+    return added
+end
+
+local function load_rows(wanted)
+    local added = take[wanted.kind](wanted.rows)
+    save()
+    return added
+end
+
 -- instances ------------------------------------------------------------------------------------------------------
 
 local function beat(row)
@@ -464,5 +587,5 @@ local function leave(wanted)
     return true
 end
 
-local functions = {look = look, apply = apply, beat = beat, leave = leave}
+local functions = {look = look, apply = apply, load = load_rows, beat = beat, leave = leave}
 return cmsgpack.pack(functions[ARGV[1]](cmsgpack.unpack(ARGV[2])))

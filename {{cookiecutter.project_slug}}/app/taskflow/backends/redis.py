@@ -49,7 +49,8 @@ from ..models import (
     utc_now,
 )
 from ..rules.turns import Decision, decide, wants
-from .base import AttemptId, Beat, Instance, Pulse, Turn, TurnResult
+from . import redis_copies
+from .base import AttemptId, Batch, Beat, Instance, Pulse, Turn, TurnResult
 from .changes import (
     RESCUE_BATCH,
     STAGE_BATCH,
@@ -569,6 +570,16 @@ class RedisBackend:
 
     async def arguments(self, task_ids: Sequence[str], most: int) -> Mapping[str, str]:
         return {row.task_id: row.arguments[:most] for row in await self._tasks(task_ids)}
+
+    # -- copies
+
+    async def dump(self, kind: str, after: str, limit: int) -> Batch:
+        with translated():
+            return await redis_copies.Reader(self._reader, self.keys).read(kind, after, limit)
+
+    async def load(self, kind: str, rows: Sequence[Mapping[str, Any]]) -> int:
+        with translated():
+            return int(await self._call("load", redis_copies.argument(kind, rows), durably=True))
 
     # -- news
 

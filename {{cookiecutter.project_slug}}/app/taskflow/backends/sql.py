@@ -38,8 +38,8 @@ from ..models import (
     to_micros,
 )
 from ..rules.turns import decide, wants
-from . import enlisted, pages, tables
-from .base import AttemptId, Beat, Instance, Pulse, Turn, TurnResult
+from . import copies, enlisted, pages, tables
+from .base import AttemptId, Batch, Beat, Instance, Pulse, Turn, TurnResult
 from .cells import mended
 from .changes import STAGE_BATCH, Applied, Changes, Snapshot, Stale, Wants
 from .pages import has_status, page_statement
@@ -98,6 +98,9 @@ class SqlBackend:
 
     def lock_schema(self, connection: Connection) -> None:
         """One process at a time brings the schema up."""
+
+    def go_behind(self, connection: Connection, table: sa.Table) -> None:
+        """The next number of a table that was given rows with numbers is behind them."""
 
     def count_rows(self) -> sa.Select[Any]:
         """The counts that are not zero, in the columns of the counter table."""
@@ -417,6 +420,28 @@ class SqlBackend:
         statement = sa.select(task.c.task_id, beginning).where(task.c.task_id.in_(task_ids))
         rows = await self._read(lambda connection: connection.execute(statement).all())
         return {row.task_id: row.arguments for row in rows}
+
+    # -- copies
+
+    async def dump(self, kind: str, after: str, limit: int) -> Batch:
+        """On the writer's connection, which tells damaged text from sound one."""
+        return await self._in(self._writing, self._dump, kind, after, limit)
+
+    def _dump(self, kind: str, after: str, limit: int) -> Batch:
+        with self._write_engine.connect() as connection:
+            return copies.read(connection, kind, after, limit)
+
+    async def load(self, kind: str, rows: Sequence[Mapping[str, Any]]) -> int:
+        return await self._in(self._writing, self._load, kind, rows) if rows else 0
+
+    def _load(self, kind: str, rows: Sequence[Mapping[str, Any]]) -> int:
+        table = copies.TABLES[kind]
+        with self._write_engine.begin() as connection:
+            stored = copies.write(connection, self.insert(table), kind, rows)
+            if kind == "task" and stored:
+                self.enlist_counts(connection, copies.counts_of(stored))
+            self.go_behind(connection, table)
+        return len(stored)
 
     # -- threads
 
