@@ -17,8 +17,11 @@ from typing import Any
 ANSWERS: dict[str, Any] = json.loads(r"""{{ cookiecutter | tojson }}""")
 
 REDIS = (
-    "app/taskflow/backends/redis*.py",
+    "app/taskflow/backends/redis.py",
     "app/taskflow/backends/redis.lua",
+    "app/taskflow/backends/redis_copies.py",
+    "app/taskflow/backends/redis_keys.py",
+    "app/taskflow/backends/redis_values.py",
     "tests/taskflow/test_redis*.py",
 )
 POSTGRES = (

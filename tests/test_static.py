@@ -25,7 +25,11 @@ from tests.template import (
     uv,
 )
 
-DRIVERS: dict[str, set[str]] = {"sqlite": set(), "redis": {"redis"}, "postgres": {"psycopg", "psycopg-binary"}}
+DRIVERS: dict[str, set[str]] = {
+    "sqlite": set(),
+    "redis": {"redis", "msgpack"},
+    "postgres": {"psycopg", "psycopg-binary"},
+}
 
 
 def must_be_empty(complaints: str) -> None:

@@ -515,11 +515,13 @@ class Journal:
             self._finishes += [without_texts(finish) for finish in batch.finishes]
 
     async def _pause(self) -> None:
-        """Before the next try, but never beyond the moment when somebody has to be told "no"."""
-        seconds = pause_after(self._failures)
-        if self._waiting:
-            seconds = min(seconds, max(0.0, self._waiting[0].deadline - monotonic()) + 0.001)
-        await asyncio.sleep(seconds)
+        """Before the next try. Whoever's time is up meanwhile is told so at once."""
+        end = monotonic() + pause_after(self._failures)
+        while (left := end - monotonic()) > 0:
+            if self._waiting:
+                left = min(left, max(0.0, self._waiting[0].deadline - monotonic()) + 0.001)
+            await asyncio.sleep(left)
+            self._expire()
 
 
 def settle(waiting: Waiting, outcome: Answer | Exception | None) -> None:

@@ -122,7 +122,7 @@ class TaskManager:
         self._in_memory = snapshot_backend is None and snapshot_db is None
         self.instance_id = ""
         """Who this process is to the others. Given by `startup`, anew each time: processes fork after they imported."""
-        self.clock = clock = Clock()
+        self.clock = clock = Clock(lambda: self.backend.clock_offset)
         executors: dict[str, Executor] = {
             "async": AsyncExecutor(max_concurrent_tasks),
             "thread": ThreadExecutor(max_sync_threads),

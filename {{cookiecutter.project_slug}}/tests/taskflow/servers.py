@@ -291,12 +291,13 @@ def fresh_redis(url: str) -> Iterator[str]:
     """The URL with a key prefix of its own; what is below it is deleted in the end."""
     prefix = f"test-{secrets.token_hex(8)}"
     parts = urlsplit(url)
+    redis = driver("redis")  # now: what ends with the process can import nothing any more
     try:
         yield parts._replace(query=f"{parts.query}&prefix={prefix}".lstrip("&")).geturl()
     finally:
-        with driver("redis").Redis.from_url(url) as client:
-            for key in client.scan_iter(f"*{prefix}*", count=1000):
-                client.delete(key)
+        with redis.Redis.from_url(url) as client:
+            if keys := list(client.scan_iter(f"*{prefix}*", count=1000)):
+                client.unlink(*keys)
 
 
 @contextmanager

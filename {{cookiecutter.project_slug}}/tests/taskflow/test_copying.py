@@ -493,5 +493,5 @@ async def test_broken_rows_arrive_as_readers_were_shown_them_and_never_run(place
 
 def test_a_store_that_this_project_was_not_made_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "app.taskflow.backends.postgres", None)
-    with pytest.raises(TaskDefinitionError, match=r"postgresql://ann:\*\*\*@host/tasks: not in this project"):
+    with pytest.raises(TaskDefinitionError, match=r"postgresql://ann:\*\*\*@host/tasks: this project has no"):
         open_backend("postgresql://ann:secret@host/tasks")

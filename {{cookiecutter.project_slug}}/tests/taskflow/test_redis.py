@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import redis
-import redis.asyncio
 
 from app.taskflow import TaskManager, TaskStatus
 from app.taskflow.backends.base import Demand, LogLine, Purge, Turn
@@ -36,17 +35,17 @@ async def backend(url: str) -> AsyncIterator[RedisBackend]:
 
 def lose_the_answer(monkeypatch: pytest.MonkeyPatch, *, before: bool) -> None:
     """The next `apply` never reaches the server, or its answer never arrives."""
-    evalsha: Callable[..., Any] = redis.asyncio.Redis.evalsha
+    call: Callable[..., Any] = RedisBackend._call
 
-    async def lose(self: Any, sha: str, keys: int, *words: Any) -> Any:
-        if words[1] != "apply":
-            return await evalsha(self, sha, keys, *words)
+    async def lose(self: RedisBackend, function: str, argument: Any, *, durably: bool = False) -> Any:
+        if function != "apply":
+            return await call(self, function, argument, durably=durably)
         monkeypatch.undo()
         if not before:
-            await evalsha(self, sha, keys, *words)
+            await call(self, function, argument, durably=durably)
         raise redis.ConnectionError("the connection was lost")
 
-    monkeypatch.setattr(redis.asyncio.Redis, "evalsha", lose)
+    monkeypatch.setattr(RedisBackend, "_call", lose)
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before the server had it", "after it was made"])

@@ -133,6 +133,18 @@ def run_python(code: str, environment: Mapping[str, str]) -> str:
     return done.stdout
 
 
+def test_the_keys_are_deleted_at_the_end_of_a_process_that_never_used_the_driver_itself() -> None:
+    code = """
+        from tests.taskflow.servers import at_exit, fresh_redis, redis_url
+        place = fresh_redis(redis_url())
+        print(place.__enter__())
+        at_exit(lambda: place.__exit__(None, None, None))
+    """
+    assert run_python(textwrap.dedent(code), {**os.environ, "TASKFLOW_TEST_REDIS_URL": redis_url()}).startswith(
+        "redis:"
+    )
+
+
 def answers(url: str) -> bool:
     try:
         with redis.Redis.from_url(url) as client:

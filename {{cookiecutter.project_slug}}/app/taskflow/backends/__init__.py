@@ -6,6 +6,7 @@ Each implementation is imported only when its scheme is asked for, so that only 
 from __future__ import annotations
 
 import os
+from importlib import import_module
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -13,7 +14,15 @@ from sqlalchemy.exc import ArgumentError
 from ..errors import TaskDefinitionError
 from .base import Backend
 
-SCHEMES = ("sqlite", "postgresql", "redis", "rediss")
+IMPLEMENTATIONS = {
+    "sqlite": ("sqlite", "SqliteBackend"),
+    "postgresql": ("postgres", "PostgresBackend"),
+    "redis": ("redis", "RedisBackend"),
+    "rediss": ("redis", "RedisBackend"),
+}
+"""Scheme -> module and class. By name, because a project has the module of the store that it was made for, and
+SQLite's."""
+SCHEMES = tuple(IMPLEMENTATIONS)
 
 
 def open_backend(location: str | None) -> Backend:
@@ -23,30 +32,18 @@ def open_backend(location: str | None) -> Backend:
     project was not made for.
     """
     url = parse_location(location)
+    scheme = url.get_backend_name()
+    if scheme not in IMPLEMENTATIONS:
+        raise TaskDefinitionError(f"{url.render_as_string()}: no backend for {scheme!r}, only for {', '.join(SCHEMES)}")
+    module, kind = IMPLEMENTATIONS[scheme]
     try:
-        return backend_of(url)
+        found = import_module(f".{module}", __name__)
     except ModuleNotFoundError as error:
-        raise TaskDefinitionError(f"{url.render_as_string()}: not in this project ({error})") from error
-
-
-def backend_of(url: URL) -> Backend:
-    match url.get_backend_name():
-        case "sqlite":
-            from .sqlite import SqliteBackend
-
-            return SqliteBackend(url)
-        case "redis" | "rediss":
-            from .redis import RedisBackend
-
-            return RedisBackend(url.render_as_string(hide_password=False))
-        case "postgresql":
-            from .postgres import PostgresBackend
-
-            return PostgresBackend(url)
-        case scheme:
-            raise TaskDefinitionError(
-                f"{url.render_as_string()}: no backend for {scheme!r}, only for {', '.join(SCHEMES)}"
-            )
+        raise TaskDefinitionError(
+            f"{url.render_as_string()}: this project has no {error.name}: it was made to keep its tasks elsewhere"
+        ) from error
+    backend: Backend = getattr(found, kind)(url)
+    return backend
 
 
 def parse_location(location: str | None) -> URL:
@@ -62,6 +59,8 @@ def parse_location(location: str | None) -> URL:
         url = make_url(location)
     except (ArgumentError, ValueError) as error:
         raise TaskDefinitionError(f"{location!r}: not a database URL ({error})") from error
+    if url.drivername == "postgres":  # as hosting services write it
+        url = url.set(drivername="postgresql")
     scheme, plus, _ = url.drivername.partition("+")
     if plus and scheme in SCHEMES:
         plain = url.set(drivername=scheme).render_as_string()

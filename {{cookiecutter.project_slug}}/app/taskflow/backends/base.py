@@ -465,6 +465,10 @@ class Backend(Protocol):
     def name(self) -> str:
         """Where it stores, for people: no password."""
 
+    @property
+    def clock_offset(self) -> timedelta:
+        """How far its clock is ahead of this system's, when it was last asked: with `open` and each `beat`."""
+
     async def open(self) -> None:
         """Connect and bring the schema up. Callable again after a failure."""
 

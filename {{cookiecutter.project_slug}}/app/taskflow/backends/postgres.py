@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from datetime import UTC
 from time import monotonic
 from typing import Any
 
@@ -22,9 +23,10 @@ from psycopg import errors
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import URL, Connection, Engine
 
+from ..clock import offset_of
 from ..errors import BackendUnavailable, OutcomeUnknown
 from ..loops import pause_after
-from ..models import TaskEvent, TaskStatus, from_micros, to_micros
+from ..models import TaskEvent, TaskStatus, from_micros, to_micros, utc_now
 from ..rules.turns import Decision, decide, wants
 from .base import Beat, Claimed, Instance, Purge, Turn, TurnResult
 from .changes import (
@@ -413,8 +415,18 @@ class PostgresBackend(SqlBackend):
         with suppress(sa.exc.SQLAlchemyError), self._read_engine.connect() as connection:
             connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
 
+    async def open(self) -> None:
+        await super().open()
+        await self._read(self._compare_clocks)
+
+    def _compare_clocks(self, connection: Connection) -> None:
+        began = utc_now()
+        ((told,),) = asked(connection, "clock")
+        self.clock_offset = offset_of(self.clock_offset, began, told.astimezone(UTC), utc_now())
+
     def beat(self, instance: Instance, beat: Beat) -> None:
         super().beat(instance, beat)
+        self._apart(lambda: self._ask(self._compare_clocks))
         if monotonic() - self._folded >= FOLD_INTERVAL:
             self._folded = monotonic()
             self._apart(lambda: self._write(sa.text(SQL["fold"])))

@@ -92,6 +92,7 @@ WITH stored AS (
 )
 SELECT 1 / (count(*) = %(rows)s)::int FROM stored
 
+-- The status is compared as an expression: the index of what runs is full of what ran a moment ago.
 -- name: end_attempts
 WITH ended AS (
     UPDATE taskflow_task AS task SET
@@ -102,7 +103,7 @@ WITH ended AS (
         %(task_id)s::text[], %(attempt)s::int[], %(instance)s::text[], %(status)s::text[], %(run_at)s::bigint[],
         %(finished_at)s::bigint[], %(result)s::text[], %(error)s::text[], %(stacktrace)s::text[], %(excused)s::int[]
     ) AS ended (task_id, attempt, instance, status, run_at, finished_at, result, error, stacktrace, excused)
-    WHERE task.task_id = ended.task_id AND task.status = 'running' AND task.attempt = ended.attempt
+    WHERE task.task_id = ended.task_id AND task.status || '' = 'running' AND task.attempt = ended.attempt
     AND task.instance = ended.instance AND NOT (task.cancel_requested AND ended.status IN ('pending', 'delayed'))
     RETURNING 1
 )
@@ -111,7 +112,7 @@ SELECT 1 / (count(*) = %(rows)s)::int FROM ended
 -- name: progress
 UPDATE taskflow_task AS task SET progress = told.progress
 FROM unnest(%(task_id)s::text[], %(attempt)s::int[], %(progress)s::text[]) AS told (task_id, attempt, progress)
-WHERE task.task_id = told.task_id AND task.status = 'running' AND task.attempt = told.attempt
+WHERE task.task_id = told.task_id AND task.status || '' = 'running' AND task.attempt = told.attempt
 AND task.instance = %(me)s
 
 -- Each executor is a walk of its own with its own limit: where that is 0, it costs nothing however many tasks wait for
@@ -245,3 +246,6 @@ FROM taskflow_event WHERE seq > %(seq)s ORDER BY seq LIMIT %(most)s
 
 -- name: next_transaction
 SELECT pg_current_xact_id()::text::bigint
+
+-- name: clock
+SELECT clock_timestamp()

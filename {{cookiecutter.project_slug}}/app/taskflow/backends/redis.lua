@@ -137,8 +137,27 @@ local function total(queue, status)
     return tonumber(redis.call('HGET', key('totals'), cmsgpack.pack({queue, status})) or '0')
 end
 
+local next_seq, last_seq = 1, 0
+
+local function next_number()
+    if next_seq > last_seq then
+        last_seq = redis.call('INCR', key('seq'))
+        next_seq = last_seq
+    end
+    next_seq = next_seq + 1
+    return next_seq - 1
+end
+
+-- So many numbers at once; all of them are used.
+local function reserve(n)
+    if n > 0 then
+        last_seq = redis.call('INCRBY', key('seq'), n)
+        next_seq = last_seq - n + 1
+    end
+end
+
 local function tell(task_id, at, kind, attempt, instance, actor, detail)
-    local seq = redis.call('INCR', key('seq'))
+    local seq = next_number()
     local event = {seq, at, kind, attempt, instance, actor, detail}
     local packed = cmsgpack.pack({task_id, event})
     redis.call('XADD', key('feed'), 'MAXLEN', '~', FEED, number(seq) .. '-0', 'e', packed)
@@ -302,6 +321,7 @@ local function write(me, changes)
         for _, pair in ipairs(changes.revoked) do redis.call('ZADD', key('revoked'), number(pair[2]), pair[1]) end
     end
     for _, row in ipairs(changes.counts) do count(unpack(row)) end
+    reserve(#changes.events)
     for _, event in ipairs(changes.events) do tell(unpack(event)) end
     for _, line in ipairs(changes.logs) do
         local seq = redis.call('INCR', key('log_seq'))
@@ -321,6 +341,7 @@ end
 
 local function claim(me, now, wish)
     local heads, taken, slots, left = {}, {}, wish.slots, allowed(wish.queue, wish.most)
+    local started = {}
     local function peek(name) heads[name] = redis.call('ZRANGE', key('ready', wish.queue, name), 0, 0)[1] end
     for name in pairs(wish.names) do peek(name) end
     while left > 0 do
@@ -332,13 +353,16 @@ local function claim(me, now, wish)
         local kind, id = wish.names[first], string.sub(heads[first], 27)
         local task = load(id)
         slots[kind], left = slots[kind] - 1, left - 1
-        count(task.queue, task.name, 'pending', -1)
-        count(task.queue, task.name, 'running', 1)
+        started[first] = (started[first] or 0) + 1
         change(id, task, {status = 'running', attempt = task.attempt + 1, instance = me, started_at = now,
             finished_at = false, progress = false, cancel_requested = 0})
         tell(id, now, 'started', task.attempt - 1, me, false, false)
         table.insert(taken, id)
         peek(first)
+    end
+    for name, n in pairs(started) do
+        count(wish.queue, name, 'pending', -n)
+        count(wish.queue, name, 'running', n)
     end
     return taken
 end

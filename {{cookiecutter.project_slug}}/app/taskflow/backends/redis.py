@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from heapq import merge
 from pathlib import Path
 from time import monotonic
@@ -27,7 +27,9 @@ import redis.sentinel
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from sqlalchemy.engine import URL
 
+from ..clock import offset_of
 from ..errors import BackendUnavailable, OutcomeUnknown, TaskflowError
 from ..loops import pause_after
 from ..models import (
@@ -44,6 +46,7 @@ from ..models import (
     TaskRecord,
     from_micros,
     to_micros,
+    utc_now,
 )
 from ..rules.turns import Decision, decide, wants
 from . import redis_copies
@@ -100,9 +103,9 @@ SCRIPT = Path(__file__).with_name("redis.lua").read_text(encoding="utf-8")
 class RedisBackend:
     """Storage of tasks in Redis. See `base.Backend` for what each method promises."""
 
-    def __init__(self, location: str) -> None:
-        self._location = location
-        parts = urlsplit(location)
+    def __init__(self, url: URL | str) -> None:
+        self._location = url if isinstance(url, str) else url.render_as_string(hide_password=False)
+        parts = urlsplit(self._location)
         options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         self._sentinel = options.get("sentinel")
         self._sentinels = [host for host in options.get("sentinels", "").split(",") if host]
@@ -122,6 +125,7 @@ class RedisBackend:
         self._news: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
         self._announced = 0.0
+        self.clock_offset = timedelta(0)
 
     # -- connections
 
@@ -174,6 +178,8 @@ class RedisBackend:
             self._begin()
         with translated():
             await self._check_promises()
+            began, told = utc_now(), await self._writer.time()
+            self._compare_clocks(began, told)
             self._sha = await self._writer.script_load(SCRIPT)
             known = await self._writer.get(self.keys("schema"))
             if known is None:
@@ -219,7 +225,7 @@ class RedisBackend:
             self._news = None
         for client in (self._writer, self._reader):
             with suppress(*AWAY):
-                await client.aclose()
+                await client.aclose(close_connection_pool=True)
         if self._sync is not None:
             self._sync.close()
             self._sync = None
@@ -326,7 +332,15 @@ class RedisBackend:
             "running": beat.running,
         }
         with translated():
-            self._apart().eval(SCRIPT, 1, self.keys.root, "beat", packed(row))
+            client = self._apart()
+            client.eval(SCRIPT, 1, self.keys.root, "beat", packed(row))
+            began, told = utc_now(), client.time()
+            self._compare_clocks(began, told)
+
+    def _compare_clocks(self, began: datetime, told: Any) -> None:
+        """`told`: seconds and microseconds."""
+        now = from_micros(int(told[0]) * 1_000_000 + int(told[1]))
+        self.clock_offset = offset_of(self.clock_offset, began, now, utc_now())
 
     def pulses(self) -> Sequence[Pulse]:
         with translated():
@@ -589,7 +603,7 @@ class RedisBackend:
                 await asyncio.sleep(pause_after(failures))
             finally:
                 with suppress(redis.RedisError, OSError):
-                    await client.aclose()
+                    await client.aclose(close_connection_pool=True)
 
     def announce(self) -> None:
         if monotonic() - self._announced >= ANNOUNCE_INTERVAL:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -68,6 +68,7 @@ class SqlBackend:
         self._writer: Connection | None = None
         """Kept between turns, used on the writer's thread alone; given back after an error."""
         self._turns = 0
+        self.clock_offset = timedelta(0)
 
     # -- what a dialect decides
 
