@@ -106,6 +106,13 @@ async def batches(store: Backend, kind: str) -> AsyncIterator[Batch]:
         yield batch
 
 
+async def has_any(store: Backend, kind: str) -> bool:
+    async for batch in batches(store, kind):
+        if batch.rows:
+            return True
+    return False
+
+
 def parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     """Neither empty nor much larger than LARGEST_LOAD."""
     start, size = 0, 0
@@ -148,15 +155,16 @@ async def refuse(source: Backend, target: Backend, now: datetime) -> None:
     """Raises CopyRefused. The target's schema is brought up, where it has none."""
     if not await source.is_current():
         raise CopyRefused(f"{source.name} has no schema of this version: `python -m app migrate` brings it up")
-    await target.open()
     for store in (source, target):
+        await store.open()
         await refuse_living(store, now)
     await refuse_itself(source, target, now)
     await refuse_strangers(source, target)
 
 
 async def refuse_living(store: Backend, now: datetime) -> None:
-    living = [pulse for pulse in await asyncio.to_thread(store.pulses) if is_living(pulse, now)]
+    pulses = await asyncio.to_thread(store.pulses)
+    living = [pulse for pulse in pulses if is_living(pulse, now + store.clock_offset)]
     if living:
         names = ", ".join(f"{pulse.instance.host} (pid {pulse.instance.pid})" for pulse in living)
         raise CopyRefused(f"{store.name} is in use by {names}: stop what serves it, then copy")
@@ -198,5 +206,5 @@ async def refuse_strangers(source: Backend, target: Backend) -> None:
         raise CopyRefused(
             f"{target.name} holds tasks that {source.name} has not, {min(strangers)} for one: copy into another"
         )
-    if not held and (await target.dump("event", "", 1)).rows and (await source.dump("task", "", 1)).rows:
+    if not held and await has_any(target, "event") and await has_any(source, "task"):
         raise CopyRefused(f"{target.name} has a history of its own: copy into another")

@@ -375,6 +375,17 @@ async def test_a_store_that_is_in_use_is_refused(stores: tuple[Backend, Backend]
     assert (await copy(source, target, utc_now())).complete
 
 
+async def test_whether_a_store_is_in_use_is_judged_by_its_own_clock(
+    stores: tuple[Backend, Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = stores
+    behind = timedelta(hours=-2)
+    await asyncio.to_thread(Bench(source, "alive", now=utc_now() + behind).beat)
+    monkeypatch.setattr(type(source), "clock_offset", property(lambda _: behind, lambda *_: None), raising=False)
+    with pytest.raises(CopyRefused, match="is in use"):
+        await copy(source, target, utc_now())
+
+
 async def test_whoever_died_long_ago_or_on_this_machine_does_not_hold_it_up(stores: tuple[Backend, Backend]) -> None:
     source, target = stores
     dead = introduce("dead", "1", utc_now())
