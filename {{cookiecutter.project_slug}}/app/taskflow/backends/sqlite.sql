@@ -80,15 +80,15 @@ AND task.instance = told.instance
 -- name: ready
 SELECT {cells} FROM (
     SELECT * FROM (
-        SELECT * FROM (SELECT {facts} FROM taskflow_task
+        SELECT * FROM (SELECT {claimable} FROM taskflow_task
             WHERE status = 'pending' AND queue = :queue AND executor = 'async' {named}
             ORDER BY coalesce(priority, 0) DESC, run_at, task_id LIMIT :async)
         UNION ALL
-        SELECT * FROM (SELECT {facts} FROM taskflow_task
+        SELECT * FROM (SELECT {claimable} FROM taskflow_task
             WHERE status = 'pending' AND queue = :queue AND executor = 'thread' {named}
             ORDER BY coalesce(priority, 0) DESC, run_at, task_id LIMIT :thread)
         UNION ALL
-        SELECT * FROM (SELECT {facts} FROM taskflow_task
+        SELECT * FROM (SELECT {claimable} FROM taskflow_task
             WHERE status = 'pending' AND queue = :queue AND executor = 'process' {named}
             ORDER BY coalesce(priority, 0) DESC, run_at, task_id LIMIT :process)
     ) ORDER BY coalesce(priority, 0) DESC, run_at, task_id LIMIT :most

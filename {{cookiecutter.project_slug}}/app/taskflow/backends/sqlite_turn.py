@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from itertools import chain
 from typing import Any
 
@@ -20,7 +21,7 @@ from .base import Claimed, Moved, Purge
 from .cells import is_sound, raw, stored_queue, stored_schedule, stored_task, unreadable, words
 from .changes import FACTS, RESCUE_BATCH, STAGE_BATCH, Applied, Changes, Snapshot, Stale, StoredTask, Wants, Wish
 from .scripts import assignments, statements
-from .stored import broken_words, claim_of, log_row
+from .stored import broken_words, loads_object, log_row
 
 LONGEST_LIST = 512
 """Rows of one bulk statement."""
@@ -33,7 +34,32 @@ EXECUTORS = ("async", "thread", "process")
 NO_WALKS = dict.fromkeys(EXECUTORS, 0)
 NAMED = "AND name IN (SELECT value FROM json_each(:names))"
 
-SQL = {name: text.replace("{facts}", ", ".join(FACTS)) for name, text in statements("sqlite.sql").items()}
+CLAIMABLE = (
+    "task_id",
+    "name",
+    "queue",
+    "executor",
+    "attempt",
+    "excused",
+    "max_attempts",
+    "arguments",
+    "tags",
+    "requeue",
+    "trace",
+    "created_at",
+    "started_at",
+)
+"""What is read of a task that is ready: fewer columns than rules want, because there may be hundreds in a turn."""
+LISTS = {"{facts}": ", ".join(FACTS), "{claimable}": ", ".join((*CLAIMABLE, "priority", "run_at"))}
+
+
+def listed(text: str) -> str:
+    for mark, names in LISTS.items():
+        text = text.replace(mark, names)
+    return text
+
+
+SQL = {name: listed(text) for name, text in statements("sqlite.sql").items()}
 
 
 def run(cursor: sqlite3.Cursor, text: str, values: Any = ()) -> sqlite3.Cursor:
@@ -81,8 +107,8 @@ class Bulk:
 
 LEVELS = Query(SQL["levels"], LEVEL)
 HELD = Query(SQL["held"], FACTS)
-READY = Query(SQL["ready"].replace("{named}", ""), FACTS)
-READY_NAMED = Query(SQL["ready"].replace("{named}", NAMED), FACTS)
+READY = Query(SQL["ready"].replace("{named}", ""), CLAIMABLE)
+READY_NAMED = Query(SQL["ready"].replace("{named}", NAMED), CLAIMABLE)
 INSERT_TASKS = Bulk(SQL["insert_tasks"])
 END_ATTEMPTS = Bulk(SQL["end_attempts"])
 INSERT_EVENTS = Bulk(SQL["insert_events"])
@@ -223,12 +249,20 @@ def _claim(cursor: sqlite3.Cursor, wish: Wish, changes: Changes) -> list[Claimed
     if len(taken) < min(wish.most, wish.ready):
         taken = _within(_sound(cursor, _others_ready(cursor, wish), changes), wish)
     if taken:
-        values = {"ids": json.dumps([row.task_id for row in taken]), "me": changes.instance, "now": changes.now}
+        values = {"ids": json.dumps([cells[0] for cells in taken]), "me": changes.instance, "now": changes.now}
         run(cursor, SQL["seize"], values)
-    for row in taken:
-        changes.event(EventKind.STARTED, row.task_id, row.attempt + 1)
-        changes.move(row.queue, row.name, TaskStatus.PENDING.value, TaskStatus.RUNNING.value)
-    return [claim_of(row._replace(attempt=row.attempt + 1, started_at=changes.now)) for row in taken]
+    started_at = from_micros(changes.now)
+    claimed = [_claimed(cells, started_at) for cells in taken]
+    for task in claimed:
+        changes.event(EventKind.STARTED, task.task_id, task.attempt)
+        changes.move(task.queue, task.name, TaskStatus.PENDING.value, TaskStatus.RUNNING.value)
+    return claimed
+
+
+def _claimed(cells: Sequence[Any], started_at: datetime) -> Claimed:
+    task_id, name, queue, executor, attempt, excused, most, arguments, tags, requeue, trace, created_at, _ = cells
+    facts = (arguments, loads_object(tags), bool(requeue), trace, from_micros(created_at))
+    return Claimed(task_id, name, queue, executor, attempt + 1, excused, most, started_at, *facts)
 
 
 def _ready(cursor: sqlite3.Cursor, wish: Wish) -> Rows:
@@ -246,33 +280,36 @@ def _others_ready(cursor: sqlite3.Cursor, wish: Wish) -> Rows:
     return READY_NAMED.rows(cursor, values | dict.fromkeys(EXECUTORS, wish.most))
 
 
-def _sound(cursor: sqlite3.Cursor, rows: Rows, changes: Changes) -> list[StoredTask]:
+def _sound(cursor: sqlite3.Cursor, rows: Rows, changes: Changes) -> list[Sequence[Any]]:
     """Those that can be run; the others end here, so that nothing waits behind them."""
-    found = [stored_task(row) for row in rows]
-    for row in found:
-        if row.broken:
-            _end_broken(cursor, row, changes)
-    return [row for row in found if not row.broken]
+    sound = []
+    for cells in rows:
+        if broken := unreadable(CLAIMABLE, cells):
+            _end_broken(cursor, cells, broken, changes)
+        else:
+            sound.append(cells)
+    return sound
 
 
-def _within(rows: Iterable[StoredTask], wish: Wish) -> list[StoredTask]:
+def _within(rows: Iterable[Sequence[Any]], wish: Wish) -> list[Sequence[Any]]:
     """As many of each executor as there are slots."""
     slots = dict(wish.slots)
     taken = []
-    for row in rows:
-        kind = wish.names.get(row.name, "")
+    for cells in rows:
+        kind = wish.names.get(cells[1], "")
         if slots.get(kind, 0) > 0:
             slots[kind] -= 1
-            taken.append(row)
+            taken.append(cells)
     return taken
 
 
-def _end_broken(cursor: sqlite3.Cursor, row: StoredTask, changes: Changes) -> None:
-    reason = broken_words(row.broken)
-    _set_aside(cursor, row.raw_id, row.status, reason, changes.now)
-    changes.event(EventKind.FAILED, row.task_id, detail=reason)
-    changes.move(row.queue, row.name, row.status, TaskStatus.FAILED.value)
-    failed = Moved(row.task_id, row.name, {}, TaskStatus.FAILED, from_micros(changes.now), 0, 0, error=reason)
+def _end_broken(cursor: sqlite3.Cursor, cells: Sequence[Any], broken: Sequence[str], changes: Changes) -> None:
+    reason, pending = broken_words(broken), TaskStatus.PENDING.value
+    task_id, name, queue = map(words, cells[:3])
+    _set_aside(cursor, raw(cells[0]), pending, reason, changes.now)
+    changes.event(EventKind.FAILED, task_id, detail=reason)
+    changes.move(queue, name, pending, TaskStatus.FAILED.value)
+    failed = Moved(task_id, name, {}, TaskStatus.FAILED, from_micros(changes.now), 0, 0, error=reason)
     changes.moved.append(failed)
 
 
