@@ -106,6 +106,13 @@ class CopyRefused(TaskflowError):
     """A copy from one store to another that would not be one. Nothing was written."""
 
 
+class Contended(BackendUnavailable):
+    """Other processes changed the same tasks each time that a turn was about to."""
+
+    def __init__(self) -> None:
+        super().__init__("others change the same tasks all the time")
+
+
 class BadSchedule(TaskDefinitionError):
     """A schedule that cannot be: refused where it is written."""
 

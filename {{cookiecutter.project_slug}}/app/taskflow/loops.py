@@ -26,6 +26,21 @@ def pause_after(failures: int) -> float:
     return random.uniform(SHORTEST_PAUSE, ceiling)
 
 
+class Throttle:
+    """Lets something happen once in so many seconds at most."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._last = float("-inf")
+
+    def permits(self) -> bool:
+        now = monotonic()
+        if now - self._last < self._seconds:
+            return False
+        self._last = now
+        return True
+
+
 class Loop:
     def __init__(self, name: str, body: Callable[[], Awaitable[None]]) -> None:
         self.name = name

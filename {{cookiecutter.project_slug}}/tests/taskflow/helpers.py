@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
 
+from app.taskflow import BackendUnavailable, TaskManager
 from app.taskflow.backends.base import (
     Answer,
     Backend,
@@ -236,6 +237,39 @@ async def assert_counters_match_rows(backend: Backend, now: datetime) -> None:
     assert {key: round(count.seconds * 1e6) for key, count in counts.items() if count.seconds} == {
         key: value for key, value in seconds.items() if value
     }
+
+
+async def refuses(manager: TaskManager, function: Callable[..., Any]) -> bool:
+    try:
+        await manager.enqueue(function)
+    except BackendUnavailable:
+        return True
+    return False
+
+
+async def runs_through_a_kill(server: Any, patience: float) -> None:
+    """A task that runs while its server, one of `servers.py`, is killed is recorded when that is back. Nothing is taken
+    meanwhile, after `patience` seconds at the latest."""
+    gate = asyncio.Event()
+    manager = TaskManager(snapshot_db=server.url, shutdown_timeout=5.0)
+
+    @manager.task
+    async def waits() -> str:
+        await gate.wait()
+        return "done"
+
+    async with manager.lifespan():
+        task_id = await manager.enqueue(waits)
+        await eventually(lambda: manager.dispatcher.running == 1)
+        await asyncio.to_thread(server.kill)
+        gate.set()
+        await eventually(lambda: refuses(manager, waits), patience)
+        assert manager.unready() is not None
+        await asyncio.to_thread(server.start)
+        await eventually(lambda: manager.unready() is None)
+        assert await manager.result(task_id, PATIENCE) == "done"
+        kinds = [event.kind for event in await manager.backend.events(task_id)]
+        assert kinds == ["accepted", "started", "succeeded"]
 
 
 class Words:

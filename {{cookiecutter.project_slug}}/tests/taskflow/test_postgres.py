@@ -18,7 +18,16 @@ from app.taskflow.backends.base import Turn
 from app.taskflow.backends.postgres import PostgresBackend
 from app.taskflow.errors import BackendUnavailable, OutcomeUnknown
 
-from .helpers import PATIENCE, START, Bench, all_tasks, assert_counters_match_rows, eventually, make_draft
+from .helpers import (
+    PATIENCE,
+    START,
+    Bench,
+    all_tasks,
+    assert_counters_match_rows,
+    eventually,
+    make_draft,
+    runs_through_a_kill,
+)
 from .servers import PostgresServer, fresh_postgres, postgres_url
 
 pytestmark = pytest.mark.anyio
@@ -246,36 +255,6 @@ async def test_counts_are_folded_once_their_process_is_gone(backend: PostgresBac
 # -- the server
 
 
-async def refuses(manager: TaskManager, function: Callable[..., Any]) -> bool:
-    try:
-        await manager.enqueue(function)
-    except BackendUnavailable:
-        return True
-    return False
-
-
 async def test_what_runs_while_the_server_is_killed_is_recorded_when_it_is_back() -> None:
     with PostgresServer() as server:
-        gate = asyncio.Event()
-        manager = TaskManager(snapshot_db=server.url, shutdown_timeout=5.0)
-
-        @manager.task
-        async def waits() -> str:
-            await gate.wait()
-            return "done"
-
-        async with manager.lifespan():
-            task_id = await manager.enqueue(waits)
-            await eventually(lambda: manager.dispatcher.running == 1)
-            await asyncio.to_thread(server.kill)
-            gate.set()
-            await eventually(lambda: refuses(manager, waits))  # its children may still serve for a moment
-            assert manager.unready() is not None
-            await asyncio.to_thread(server.start)
-            await eventually(lambda: manager.unready() is None)
-            assert await manager.result(task_id, PATIENCE) == "done"
-            assert [event.kind for event in await manager.backend.events(task_id)] == [
-                "accepted",
-                "started",
-                "succeeded",
-            ]
+        await runs_through_a_kill(server, PATIENCE)  # its children may still serve for a moment

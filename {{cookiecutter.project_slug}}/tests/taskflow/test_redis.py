@@ -7,13 +7,20 @@ from typing import Any
 import pytest
 import redis
 
-from app.taskflow import TaskManager, TaskStatus
+from app.taskflow import TaskStatus
 from app.taskflow.backends.base import Demand, LogLine, Purge, Turn
 from app.taskflow.backends.redis import RedisBackend
 from app.taskflow.errors import BackendUnavailable, OutcomeUnknown
 from app.taskflow.models import TaskFilter
 
-from .helpers import PATIENCE, START, Bench, all_tasks, assert_counters_match_rows, eventually, make_draft
+from .helpers import (
+    START,
+    Bench,
+    all_tasks,
+    assert_counters_match_rows,
+    make_draft,
+    runs_through_a_kill,
+)
 from .servers import RedisServer, fresh_redis, redis_url
 
 pytestmark = pytest.mark.anyio
@@ -193,24 +200,4 @@ async def test_what_the_server_does_not_keep_is_said_at_the_start(caplog: pytest
 
 async def test_what_runs_while_the_server_is_killed_is_recorded_when_it_is_back() -> None:
     with RedisServer() as server:
-        gate = asyncio.Event()
-        manager = TaskManager(snapshot_db=server.url, shutdown_timeout=5.0)
-
-        @manager.task
-        async def waits() -> str:
-            await gate.wait()
-            return "done"
-
-        async with manager.lifespan():
-            task_id = await manager.enqueue(waits)
-            await eventually(lambda: manager.dispatcher.running == 1)
-            await asyncio.to_thread(server.kill)
-            gate.set()
-            with pytest.raises(BackendUnavailable):
-                await manager.enqueue(waits)
-            assert manager.unready() is not None
-            await asyncio.to_thread(server.start)
-            await eventually(lambda: manager.unready() is None)
-            assert await manager.result(task_id, PATIENCE) == "done"
-            kinds = [event.kind for event in await manager.backend.events(task_id)]
-            assert kinds == ["accepted", "started", "succeeded"]
+        await runs_through_a_kill(server, 0)

@@ -34,7 +34,7 @@ from app.taskflow.backends.base import (
     RunSchedule,
     Supersede,
 )
-from app.taskflow.backends.sql import MOST_SEARCHES
+from app.taskflow.backends.search import MOST_SEARCHES
 from app.taskflow.backends.sqlite import LARGEST_WAL
 from app.taskflow.backends.tables import SCHEMA_VERSION
 from app.taskflow.models import Cursor, EventKind, TaskFilter

@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from ..models import EventKind
+from ..models import EventKind, ExecutorKind
 from ..texts import readable
 from .base import Claimed, LogLine, Moved, Progress, Purge
 
 Level = tuple[str, str, str, int]
 """How many tasks of a queue and a name have a stored status: (queue, name, status, n)."""
+
+LEVEL = ("queue", "name", "status", "n")
+TALLY = (*LEVEL, "micros")
+"""The columns of a count."""
+EXECUTORS: Sequence[str] = get_args(ExecutorKind)
 
 CLAIM_BATCH = 250
 """Tasks of one queue that one turn claims at most: the first run while the next are claimed."""
@@ -25,6 +30,8 @@ STAGE_BATCH = 1_000
 """Tasks that one turn makes ready at most."""
 RESCUE_BATCH = 500
 """Tasks of lost instances that one turn ends at most."""
+PURGE_BATCH = 250
+"""Tasks of one status that one purge deletes at most."""
 
 
 class Stale(Exception):
@@ -205,6 +212,11 @@ class Wish(NamedTuple):
     ready: int
     """How many tasks of these names wait, by the counts."""
 
+    @property
+    def walks(self) -> dict[str, int]:
+        """How many of each executor, those of which there may be none included."""
+        return {kind: self.slots.get(kind, 0) for kind in EXECUTORS}
+
 
 class Advance(NamedTuple):
     """How a schedule goes on: None leaves a column as it is. Holds while its last tick is `since`, where that is given,
@@ -301,6 +313,10 @@ class Changes:
         """What the counts change by: (queue, name, status, n, micros), in an order that is the same everywhere."""
         keys = {key for key, n in self.counts.items() if n} | {key for key, n in self.micros.items() if n}
         return [(*key, self.counts.get(key, 0), self.micros.get(key, 0)) for key in sorted(keys)]
+
+    def tally_rows(self) -> list[dict[str, Any]]:
+        """The same by the names of the columns."""
+        return [dict(zip(TALLY, row, strict=True)) for row in self.tally()]
 
 
 @dataclass(slots=True)

@@ -114,4 +114,4 @@ def counts_of(stored: Sequence[Row[Any]]) -> list[dict[str, Any]]:
     for row in stored:
         books.move(row.queue, row.name, None, row.status)
         books.ran(row.queue, row.name, row.status, row.started_at, row.finished_at)
-    return [dict(zip(("queue", "name", "status", "n", "micros"), row, strict=True)) for row in books.tally()]
+    return books.tally_rows()

@@ -13,10 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from .cells import stored_queue, stored_task, unreadable
-from .changes import FACTS, Changes, Snapshot, Stale, StoredQueue, Wants
+from .changes import FACTS, LEVEL, Changes, Snapshot, Stale, StoredQueue, Wants
 from .tables import event, queue, task
-
-LEVEL = ("queue", "name", "status", "n")
 
 
 def look(connection: Connection, wants: Wants, counts: sa.Select[Any]) -> Snapshot:
@@ -43,4 +41,4 @@ def write(connection: Connection, insert: Any, changes: Changes) -> Sequence[Map
         connection.execute(task.update().where(task.c.task_id == row.task_id).values(**values))
     if changes.events:
         connection.execute(event.insert(), [item._asdict() for item in changes.events])
-    return [dict(zip((*LEVEL, "micros"), row, strict=True)) for row in changes.tally()]
+    return changes.tally_rows()

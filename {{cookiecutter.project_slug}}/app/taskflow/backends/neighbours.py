@@ -15,7 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from time import monotonic
+
+from ..loops import Throttle
 
 ANNOUNCE_INTERVAL = 0.005
 """Seconds between two announcements at least."""
@@ -30,7 +31,7 @@ class Neighbours:
         self._mine: Path | None = None
         self._socket: socket.socket | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._announced = 0.0
+        self._announcing = Throttle(ANNOUNCE_INTERVAL)
 
     def listen(self, wake: Callable[[], None]) -> None:
         """Calls `wake` on the running event loop whenever another process announces something."""
@@ -52,9 +53,8 @@ class Neighbours:
                 wake()
 
     def announce(self) -> None:
-        if self._socket is None or monotonic() - self._announced < ANNOUNCE_INTERVAL:
+        if self._socket is None or not self._announcing.permits():
             return
-        self._announced = monotonic()
         with suppress(OSError):
             for place in self._folder.iterdir():
                 if place != self._mine:

@@ -25,14 +25,17 @@ from sqlalchemy.engine import URL, Connection, Engine
 
 from ..clock import offset_of
 from ..errors import BackendUnavailable, OutcomeUnknown
-from ..loops import pause_after
+from ..loops import Throttle, pause_after
 from ..models import TaskEvent, TaskStatus, from_micros, to_micros, utc_now
 from ..rules.turns import Decision, decide, wants
 from .base import Beat, Claimed, Instance, Purge, Turn, TurnResult
 from .changes import (
+    EXECUTORS,
     FACTS,
+    PURGE_BATCH,
     RESCUE_BATCH,
     STAGE_BATCH,
+    TALLY,
     Applied,
     Changes,
     Ending,
@@ -47,8 +50,8 @@ from .changes import (
     Wish,
 )
 from .scripts import assignments, statements
-from .sql import MOST_TRIES, SqlBackend
-from .stored import claim_of, log_row
+from .sql import SqlBackend
+from .stored import LINE, claim_of, log_row
 from .tables import counter
 
 logger = logging.getLogger("taskflow")
@@ -67,9 +70,6 @@ ANNOUNCE_INTERVAL = 0.02
 """Seconds between two announcements: each takes a lock of the whole database for a moment."""
 FOLD_INTERVAL = 30.0
 REFIT_INTERVAL = 1.0
-PURGED_TASKS = 250
-EXECUTORS = ("async", "thread", "process")
-NO_WALKS = dict.fromkeys(EXECUTORS, 0)
 
 TASK_FACTS = ", ".join(f"task.{name}" for name in FACTS)
 SQL = {
@@ -107,8 +107,8 @@ class PostgresBackend(SqlBackend):
         """Number of an event that is missing -> a transaction that began after that was noticed."""
         self._short: dict[str, float] = {}
         """Queues that gave fewer tasks than the counts promised, and when that was last looked into."""
-        self._announced = 0.0
-        self._folded = 0.0
+        self._announcing = Throttle(ANNOUNCE_INTERVAL)
+        self._folding = Throttle(FOLD_INTERVAL)
         self._listener: Listener | None = None
 
     # -- what the dialect decides
@@ -156,15 +156,8 @@ class PostgresBackend(SqlBackend):
     # -- the turn
 
     def _turn(self, turn: Turn) -> TurnResult:
-        self._turns += 1
-        if (known := self._resolved(turn)) is not None:
-            return known
-        for number in range(MOST_TRIES):
-            try:
-                return self._written(turn, careful=number > 0)
-            except (Stale, errors.DeadlockDetected, errors.SerializationFailure):
-                continue
-        raise BackendUnavailable("others change the same tasks all the time")
+        known = self._resolved(turn)
+        return super()._turn(turn) if known is None else known
 
     def _written(self, turn: Turn, *, careful: bool) -> TurnResult:
         transaction, decision = "", None
@@ -176,7 +169,7 @@ class PostgresBackend(SqlBackend):
                 finish = self._apply(connection, decision.changes)
                 connection.commit()
             return decision.result(finish())
-        except errors.DivisionByZero:
+        except (errors.DivisionByZero, errors.DeadlockDetected, errors.SerializationFailure):
             self._undo(connection)
             raise Stale from None
         except (errors.DuplicatePreparedStatement, errors.InvalidSqlStatementName):
@@ -185,8 +178,6 @@ class PostgresBackend(SqlBackend):
             raise Stale from None
         except (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction) as error:
             self._let_go()
-            if isinstance(error, errors.DeadlockDetected | errors.SerializationFailure):
-                raise
             if decision is not None and transaction and connection.broken:
                 self._doubt = (turn.turn_id, transaction, decision)
                 raise OutcomeUnknown(str(error)) from error
@@ -227,7 +218,6 @@ class PostgresBackend(SqlBackend):
             self._let_go()
 
     def _let_go(self) -> None:
-        super()._let_go()
         connection, self._held = self._held, None
         if connection is not None:
             with suppress(psycopg.Error):
@@ -305,11 +295,11 @@ class PostgresBackend(SqlBackend):
         applied = Applied(purged=[self._purge(connection, purge, changes) for purge in changes.purges])
         if changes.logs:
             lines = [log_row(line) for line in changes.logs]
-            run(SQL["insert_logs"], columns(("task_id", "at", "level", "attempt", "message", "extra"), lines))
+            run(SQL["insert_logs"], columns(LINE, lines))
         if changes.events:
             run(SQL["insert_events"], columns(Event._fields, changes.events))
         if tally := changes.tally():
-            run(SQL["count"], {"part": me, **columns(("queue", "name", "status", "n", "micros"), tally)})
+            run(SQL["count"], {"part": me, **columns(TALLY, tally)})
 
         def finish() -> Applied:
             for wish, cursor in claims:
@@ -327,7 +317,7 @@ class PostgresBackend(SqlBackend):
         if self._short.get(wish.queue, float("inf")) <= monotonic() - REFIT_INTERVAL:
             self._short[wish.queue] = monotonic()
             self._refit(connection, wish)
-        values = {"queue": wish.queue, "most": wish.most, "me": me, "now": now, **NO_WALKS, **wish.slots}
+        values = {"queue": wish.queue, "most": wish.most, "me": me, "now": now, **wish.walks}
         return connection.execute(SQL["claim"], {**values, "names": list(wish.names)})
 
     def _refit(self, connection: psycopg.Connection[Any], wish: Wish) -> None:
@@ -360,7 +350,7 @@ class PostgresBackend(SqlBackend):
         """Rows of every kind count, so that no purge holds the writer for long: a task may have a thousand lines."""
         run, deleted, room, before = connection.execute, 0, purge.limit, to_micros(purge.before)
         for status in (status.value for status in TaskStatus if status.terminal):
-            most = min(room, PURGED_TASKS)
+            most = min(room, PURGE_BATCH)
             ids = [row[0] for row in run(SQL["old"], {"status": status, "before": before, "most": most}).fetchall()]
             for kind in ("purge_logs", "purge_events"):
                 if ids and room:
@@ -371,7 +361,7 @@ class PostgresBackend(SqlBackend):
                 changes.ran(queue, name, status, finished_at, started_at)
             deleted += len(gone)
             room -= len(gone)
-            if room <= 0 or len(ids) == PURGED_TASKS:
+            if room <= 0 or len(ids) == PURGE_BATCH:
                 return deleted, True
         skips = number(run(SQL["purge_skips"], {"before": before, "most": room}))
         return deleted, skips == room
@@ -407,8 +397,7 @@ class PostgresBackend(SqlBackend):
 
     def announce(self) -> None:
         """Tells other processes that there is work, not more often than they could make use of."""
-        if monotonic() - self._announced >= ANNOUNCE_INTERVAL:
-            self._announced = monotonic()
+        if self._announcing.permits():
             self._reading.submit(self._notify)
 
     def _notify(self) -> None:
@@ -427,8 +416,7 @@ class PostgresBackend(SqlBackend):
     def beat(self, instance: Instance, beat: Beat) -> None:
         super().beat(instance, beat)
         self._apart(lambda: self._ask(self._compare_clocks))
-        if monotonic() - self._folded >= FOLD_INTERVAL:
-            self._folded = monotonic()
+        if self._folding.permits():
             self._apart(lambda: self._write(sa.text(SQL["fold"])))
 
     async def close(self) -> None:

@@ -12,11 +12,10 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta
 from heapq import merge
 from pathlib import Path
-from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
@@ -30,8 +29,8 @@ from redis.retry import Retry
 from sqlalchemy.engine import URL
 
 from ..clock import offset_of
-from ..errors import BackendUnavailable, OutcomeUnknown, TaskflowError
-from ..loops import pause_after
+from ..errors import BackendUnavailable, Contended, OutcomeUnknown, TaskflowError
+from ..loops import Throttle, pause_after
 from ..models import (
     Count,
     Cursor,
@@ -63,12 +62,12 @@ from .redis_values import (
     arguments_of,
     event_of,
     index_names,
-    instance_row,
     level_of,
     light,
     line_row,
     packed,
     pairs,
+    row_of_instance,
     run_keys_of,
     schedule_row,
     stored_queue,
@@ -77,11 +76,12 @@ from .redis_values import (
     task_row,
     texts,
     told,
+    unknown_owner,
     unpacked,
 )
-from .rows import log_of, one_off_of, record_of, schedule_of
-from .search import SEARCH_WINDOW, is_search, matches
-from .stored import counted, merged_counts
+from .rows import instance_of, log_of, one_off_of, page_of, pulse_of, record_of, schedule_of
+from .search import SEARCH_WINDOW, Searches, is_search, matches
+from .stored import instance_row, merged_counts, queue_states
 
 logger = logging.getLogger("taskflow")
 
@@ -89,7 +89,6 @@ MOST_TRIES = 20
 """Of one turn, while other processes change what it is about."""
 TIMEOUT = 5.0
 """Seconds until a server that does not answer counts as away."""
-MOST_SEARCHES = 20
 READERS = 16
 SENTINEL_PORT = 26379
 PAGE = 500
@@ -120,11 +119,12 @@ class RedisBackend:
         self._sync: redis.Redis | None = None
         self._sha = ""
         self._waits_for_disk = False
-        self._turns = self._searches = 0
+        self._turns = 0
+        self._searches = Searches()
         self._doubt: tuple[str, Decision] | None = None
         self._news: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
-        self._announced = 0.0
+        self._announcing = Throttle(ANNOUNCE_INTERVAL)
         self.clock_offset = timedelta(0)
 
     # -- connections
@@ -244,7 +244,7 @@ class RedisBackend:
             answer = await self._apply(turn, decision, run_keys_of(snapshot))
             if answer is not False:
                 return decision.result(applied_of(answer))
-        raise BackendUnavailable("others change the same tasks all the time")
+        raise Contended
 
     async def _resolved(self, turn: Turn) -> TurnResult | None:
         """The result of a turn that was made although its answer was lost."""
@@ -318,24 +318,13 @@ class RedisBackend:
     # -- instances
 
     def beat(self, instance: Instance, beat: Beat) -> None:
-        row = {
-            "instance_id": instance.instance_id,
-            "host": instance.host,
-            "machine": instance.machine,
-            "pid": instance.pid,
-            "birth": instance.birth,
-            "version": instance.version,
-            "started_at": to_micros(instance.started),
-            "beat_at": to_micros(beat.at),
-            "lease_until": to_micros(beat.lease_until),
-            "slots": beat.slots,
-            "running": beat.running,
-        }
         with translated():
-            client = self._apart()
-            client.eval(SCRIPT, 1, self.keys.root, "beat", packed(row))
-            began, told = utc_now(), client.time()
+            self._run_apart("beat", instance_row(instance, beat))
+            began, told = utc_now(), self._apart().time()
             self._compare_clocks(began, told)
+
+    def _run_apart(self, function: str, argument: Mapping[str, Any]) -> None:
+        self._apart().eval(SCRIPT, 1, self.keys.root, function, packed(argument))
 
     def _compare_clocks(self, began: datetime, told: Any) -> None:
         """`told`: seconds and microseconds."""
@@ -347,31 +336,14 @@ class RedisBackend:
             client = self._apart()
             known: Any = client.hgetall(self.keys("instances"))
             runners: Any = client.smembers(self.keys("runners"))
-        rows = {row.instance_id: row for row in map(instance_row, known.values())}
-        found = [
-            Pulse(
-                Instance(
-                    instance_id=row.instance_id,
-                    host=row.host,
-                    machine=row.machine,
-                    pid=row.pid,
-                    birth=row.birth,
-                    version=row.version,
-                    started=from_micros(row.started_at),
-                ),
-                stamp=row.beat_at,
-                lease=max(0, row.lease_until - row.beat_at) / 1e6,
-            )
-            for row in rows.values()
-            if row.lease_until or row.instance_id.encode() in runners
-        ]
-        unknown = [owner for owner in texts(runners) if owner not in rows]
-        return [*found, *(Pulse(Instance(owner, "", "", 0, "", "", from_micros(0)), 0, 0.0) for owner in unknown)]
+        rows = [row_of_instance(value) for value in known.values()]
+        live = [row for row in rows if row.lease_until or row.instance_id.encode() in runners]
+        unknown = set(texts(runners)) - {row.instance_id for row in rows}
+        return [*map(pulse_of, live), *(pulse_of(unknown_owner(owner)) for owner in unknown)]
 
     def leave(self, instance_id: str, stamp: int | None = None) -> None:
         with translated():
-            argument = packed({"instance_id": instance_id, "stamp": stamp})
-            self._apart().eval(SCRIPT, 1, self.keys.root, "leave", argument)
+            self._run_apart("leave", {"instance_id": instance_id, "stamp": stamp})
 
     # -- reads
 
@@ -387,19 +359,9 @@ class RedisBackend:
         return [task_row(task_id, value) for task_id, value in zip(ids, values, strict=True) if value is not None]
 
     async def page(self, where: TaskFilter, before: Cursor | None, limit: int) -> TaskPage:
-        if not is_search(where):
+        with self._searches.one() if is_search(where) else nullcontext():
             found = await self._found(where, before, limit + 1)
-        elif self._searches >= MOST_SEARCHES:
-            raise BackendUnavailable(f"{self._searches} searches are under way, more are not taken")
-        else:
-            self._searches += 1
-            try:
-                found = await self._found(where, before, limit + 1)
-            finally:
-                self._searches -= 1
-        records = [record_of(light(row)) for row in found]
-        older = Cursor(records[limit - 1].created_at, records[limit - 1].task_id) if len(found) > limit else None
-        return TaskPage(records[:limit], older)
+        return page_of([light(row) for row in found], limit)
 
     async def _found(self, where: TaskFilter, before: Cursor | None, limit: int) -> list[SimpleNamespace]:
         """Newest first, down the sorted sets of the filter, looking at no more than a window of them."""
@@ -434,7 +396,7 @@ class RedisBackend:
             if any(not waiting[name] and name not in ended for name in names):
                 continue
             floor = max((waiting[name][-1] for name in names if name not in ended and waiting[name]), default=(-1, ""))
-            ready = merge(*(waiting[name] for name in names), key=lambda item: item, reverse=True)
+            ready = merge(*waiting.values(), reverse=True)
             taken = [item for item in ready if item >= floor][: window - given]
             if not taken:
                 return
@@ -498,15 +460,7 @@ class RedisBackend:
     async def queues(self) -> Sequence[QueueState]:
         with translated():
             known: Any = await self._reader.hgetall(self.keys("queues"))
-        found = (stored_queue(name, value) for name, value in known.items())
-        states = {
-            queue.name: QueueState(queue.name, queue.concurrency, queue.max_size, queue.paused, queue.reason)
-            for queue in found
-        }
-        for count in await self.counts():
-            state = states.setdefault(count.queue, QueueState(count.queue, None, None, False, None))
-            states[count.queue] = counted(state, count)
-        return [states[name] for name in sorted(states)]
+        return queue_states((stored_queue(name, value) for name, value in known.items()), await self.counts())
 
     async def schedules(self) -> Sequence[ScheduleState]:
         with translated():
@@ -547,21 +501,8 @@ class RedisBackend:
     async def instances(self) -> Sequence[InstanceRecord]:
         with translated():
             known: Any = await self._reader.hgetall(self.keys("instances"))
-        rows = sorted(map(instance_row, known.values()), key=lambda row: row.started_at, reverse=True)
-        return [
-            InstanceRecord(
-                instance_id=row.instance_id,
-                host=row.host,
-                pid=row.pid,
-                version=row.version,
-                started=from_micros(row.started_at),
-                heartbeat=from_micros(row.beat_at),
-                slots=row.slots,
-                running=row.running,
-            )
-            for row in rows
-            if row.lease_until
-        ]
+        rows = sorted(map(row_of_instance, known.values()), key=lambda row: row.started_at, reverse=True)
+        return [instance_of(row) for row in rows if row.lease_until]
 
     async def cancels(self, instance_id: str) -> Sequence[AttemptId]:
         with translated():
@@ -606,8 +547,7 @@ class RedisBackend:
                     await client.aclose(close_connection_pool=True)
 
     def announce(self) -> None:
-        if monotonic() - self._announced >= ANNOUNCE_INTERVAL:
-            self._announced = monotonic()
+        if self._announcing.permits():
             self._telling = asyncio.get_running_loop().create_task(self._tell())
 
     async def _tell(self) -> None:
@@ -626,7 +566,7 @@ def host_and_port(text: str) -> tuple[str, int]:
 def of_response(error: redis.ResponseError) -> Exception:
     """An answer that is no answer: of a server that starts, is full, or is no master any more, it is away; otherwise it
     is about what was sent."""
-    away = str(error).split(" ", 1)[0].strip("-:") in AWAY_ANSWERS or any(word in str(error) for word in AWAY_ANSWERS)
+    away = any(word in str(error) for word in AWAY_ANSWERS)
     return BackendUnavailable(str(error)) if away else error
 
 

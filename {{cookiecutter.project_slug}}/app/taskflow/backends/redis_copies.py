@@ -19,13 +19,13 @@ from . import tables
 from .base import Batch
 from .redis_keys import COLUMNS, Keys
 from .redis_values import STATUSES, cell, document, line_row, schedule_row, task_row, texts, unpacked
+from .stored import LINE
 
 Row = dict[str, Any]
 
 TABLES: Mapping[str, sa.Table] = {"queue": tables.queue, "schedule": tables.schedule, "task": tables.task}
 EVENT = ("seq", "at", "kind", "attempt", "instance", "actor", "detail")
 """The cells of a packed event."""
-LINE = ("task_id", "at", "level", "attempt", "message", "extra")
 TASK = ("task_id", *COLUMNS[:-2])
 AT_ONCE = 200
 """Tasks whose events or lines are asked for together."""

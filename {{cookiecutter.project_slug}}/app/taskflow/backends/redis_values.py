@@ -14,7 +14,7 @@ import msgpack  # type: ignore[import-untyped]
 from ..models import TaskEvent, TaskFilter, TaskStatus, from_micros, to_micros
 from .changes import Applied, Changes, Level, Snapshot, StoredQueue, StoredSchedule, StoredTask
 from .redis_keys import COLUMNS
-from .stored import claim_of, log_row, stored_names
+from .stored import LINE, claim_of, log_row, stored_names
 
 STATUSES = [name for status in TaskStatus for name in stored_names(status)]
 
@@ -101,8 +101,16 @@ def level_of(key: bytes, n: bytes) -> Level:
     return queue, name, status, int(n)
 
 
-def instance_row(value: bytes) -> SimpleNamespace:
-    return SimpleNamespace(**document(value))
+def row_of_instance(value: bytes) -> SimpleNamespace:
+    row = SimpleNamespace(**document(value))
+    row.owner = row.instance_id
+    return row
+
+
+def unknown_owner(instance_id: str) -> SimpleNamespace:
+    """Of tasks, without a row of its own."""
+    columns = ("host", "machine", "pid", "birth", "version", "started_at", "beat_at", "lease_until")
+    return SimpleNamespace(owner=instance_id, **dict.fromkeys(columns))
 
 
 def event_of(task_id: str, cells: Sequence[Any]) -> TaskEvent:
@@ -122,8 +130,7 @@ def light(row: SimpleNamespace) -> SimpleNamespace:
 
 
 def line_row(number: bytes, fields: Mapping[bytes, bytes]) -> SimpleNamespace:
-    columns = ("task_id", "at", "level", "attempt", "message", "extra")
-    cells = dict(zip(columns, map(cell, unpacked(fields[b"l"])), strict=True))
+    cells = dict(zip(LINE, map(cell, unpacked(fields[b"l"])), strict=True))
     return SimpleNamespace(seq=int(number.split(b"-")[0]), **cells)
 
 

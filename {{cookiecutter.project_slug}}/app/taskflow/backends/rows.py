@@ -5,12 +5,25 @@ Owns the conversions of whole rows, for those who show them. Nothing here touche
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy.engine import Row
 
-from ..models import DELAYED, LogEntry, ScheduledOnce, ScheduleState, TaskEvent, TaskRecord, from_micros
+from ..models import (
+    DELAYED,
+    Cursor,
+    InstanceRecord,
+    LogEntry,
+    ScheduledOnce,
+    ScheduleState,
+    TaskEvent,
+    TaskPage,
+    TaskRecord,
+    from_micros,
+)
+from .base import Instance, Pulse
 from .cells import mended
 from .stored import STATUSES, broken_words, loads_object, moment, shown_status
 
@@ -112,4 +125,42 @@ def one_off_of(stored: Row[Any] | SimpleNamespace) -> ScheduledOnce:
         priority=row.priority,
         tags=loads_object(row.tags),
         created_at=from_micros(row.created_at),
+    )
+
+
+def page_of(rows: Sequence[Row[Any] | SimpleNamespace], limit: int) -> TaskPage:
+    """Of one row more than it shows, where there are more."""
+    records = [record_of(row) for row in rows[:limit]]
+    older = Cursor(records[-1].created_at, records[-1].task_id) if len(rows) > limit else None
+    return TaskPage(records, older)
+
+
+def pulse_of(row: Any) -> Pulse:
+    """Of the owner of a lease or of tasks. Without a row of its own, its other cells are empty."""
+    return Pulse(
+        Instance(
+            instance_id=row.owner,
+            host=row.host or "",
+            machine=row.machine or "",
+            pid=row.pid or 0,
+            birth=row.birth or "",
+            version=row.version or "",
+            started=from_micros(row.started_at or 0),
+        ),
+        stamp=row.beat_at or 0,
+        lease=max(0, (row.lease_until or 0) - (row.beat_at or 0)) / 1e6,
+    )
+
+
+def instance_of(stored: Row[Any] | SimpleNamespace) -> InstanceRecord:
+    row, _ = mended(stored)
+    return InstanceRecord(
+        instance_id=row.instance_id,
+        host=row.host,
+        pid=row.pid,
+        version=row.version,
+        started=from_micros(row.started_at or 0),
+        heartbeat=from_micros(row.beat_at),
+        slots=row.slots,
+        running=row.running,
     )

@@ -7,13 +7,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from ..errors import BackendUnavailable
 from ..models import TaskFilter
 from .stored import loads_object, stored_names
 
 SEARCH_WINDOW = 100_000
 """A search by something that has no index looks at this many of the newest tasks."""
+MOST_SEARCHES = 20
+"""Of one process, that run or wait; each takes up to a second where there are many tasks."""
+
+
+class Searches:
+    """How many are under way."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Raises BackendUnavailable where there are too many."""
+        if self._number >= MOST_SEARCHES:
+            raise BackendUnavailable(f"{self._number} searches are under way, more are not taken")
+        self._number += 1
+        try:
+            yield
+        finally:
+            self._number -= 1
 
 
 def is_search(where: TaskFilter) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from sqlalchemy.engine import URL, Connection, Engine, Row
 from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeoutError
 
-from ..errors import BackendUnavailable, TaskflowError
+from ..errors import BackendUnavailable, Contended, TaskflowError
 from ..models import (
     DELAYED,
     Count,
@@ -34,27 +34,23 @@ from ..models import (
     TaskFilter,
     TaskPage,
     TaskRecord,
-    from_micros,
     to_micros,
 )
 from ..rules.turns import decide, wants
 from . import copies, enlisted, pages, tables
 from .base import AttemptId, Batch, Beat, Instance, Pulse, Turn, TurnResult
 from .cells import mended
-from .changes import STAGE_BATCH, Applied, Changes, Snapshot, Stale, Wants
+from .changes import STAGE_BATCH, Applied, Stale
 from .pages import has_status, page_statement
-from .rows import event_of, log_of, one_off_of, record_of, schedule_of
-from .search import is_search
-from .stored import counted, merged_counts
+from .rows import event_of, instance_of, log_of, one_off_of, page_of, pulse_of, record_of, schedule_of
+from .search import Searches, is_search
+from .stored import instance_row, merged_counts, queue_states
 from .tables import counter, event, log, revoked, task
 
 T = TypeVar("T")
 
 MOST_TRIES = 5
 """Of one turn, while other processes change what it is about."""
-
-MOST_SEARCHES = 20
-"""That run or wait for one of the threads; each takes up to a second on a big table."""
 
 
 class SqlBackend:
@@ -65,16 +61,10 @@ class SqlBackend:
         self._readers = readers
         self._hire()
         self._write_engine, self._read_engine = self.create_engines()
-        self._writer: Connection | None = None
-        """Kept between turns, used on the writer's thread alone; given back after an error."""
         self._turns = 0
         self.clock_offset = timedelta(0)
 
     # -- what a dialect decides
-
-    def listen(self, wake: Callable[[], None]) -> None: ...
-
-    def announce(self) -> None: ...
 
     def create_engines(self) -> tuple[Engine, Engine]:
         """Engines for writing (its transactions hold the write lock from the start) and for reading."""
@@ -84,12 +74,12 @@ class SqlBackend:
         """The dialect's INSERT, which knows ON CONFLICT."""
         raise NotImplementedError
 
-    def look(self, cursor: Any, wants: Wants) -> Snapshot:
-        """What the rules have to see, on the driver's cursor inside a transaction."""
+    def _written(self, turn: Turn, *, careful: bool) -> TurnResult:
+        """One try of a turn, committed. Raises Stale where something is not as it was taken for granted."""
         raise NotImplementedError
 
-    def apply(self, cursor: Any, changes: Changes) -> Applied:
-        """Writes all of it in the same transaction. Raises Stale where something is not as it was taken for granted."""
+    def _let_go(self) -> None:
+        """Of the connection that turns are written on."""
         raise NotImplementedError
 
     def attempt(self, connection: Connection) -> AbstractContextManager[object]:
@@ -131,7 +121,7 @@ class SqlBackend:
         if self._readers:
             self._reading = ThreadPoolExecutor(self._readers, thread_name_prefix="taskflow-reader")
             self._searching = ThreadPoolExecutor(self._readers, thread_name_prefix="taskflow-search")
-        self._searches = 0
+        self._searches = Searches()
 
     def _begin_anew(self) -> None:
         """In a process forked from one that had used this: its threads are not here, its connections are not ours."""
@@ -186,43 +176,9 @@ class SqlBackend:
     def _turn(self, turn: Turn) -> TurnResult:
         self._turns += 1
         for number in range(MOST_TRIES):
-            with suppress(Stale), self._transaction() as connection, self._driver_errors():
-                return self._decided(connection, turn, careful=number > 0)
-        raise BackendUnavailable("others change the same tasks all the time")
-
-    def _decided(self, connection: Connection, turn: Turn, *, careful: bool) -> TurnResult:
-        cursor = connection.connection.cursor()
-        snapshot = self.look(cursor, wants(turn, careful=careful))
-        decision = decide(turn, snapshot, careful=careful, rotation=self._turns)
-        return decision.result(self.apply(cursor, decision.changes))
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        """On the writer's own connection: what a pool does at each lending and return costs as much as a statement."""
-        if self._writer is None:
-            self._writer = self._write_engine.connect()
-        try:
-            with self._writer.begin():
-                yield self._writer
-        except Stale:
-            raise
-        except BaseException:
-            self._let_go()
-            raise
-
-    def _let_go(self) -> None:
-        connection, self._writer = self._writer, None
-        if connection is not None:
-            connection.close()
-
-    @contextmanager
-    def _driver_errors(self) -> Iterator[None]:
-        """The driver's own errors as SQLAlchemy's, for statements that do not go through it."""
-        driver: Any = self._write_engine.dialect.loaded_dbapi
-        try:
-            yield
-        except driver.Error as error:
-            raise DBAPIError.instance(None, None, error, driver.Error, dialect=self._write_engine.dialect) from error
+            with suppress(Stale):
+                return self._written(turn, careful=number > 0)
+        raise Contended
 
     def enlist(self, connection: Connection, turn: Turn) -> TurnResult:
         """Writes drafts on a connection of the caller's, as part of the caller's transaction."""
@@ -234,7 +190,7 @@ class SqlBackend:
                 if counts:
                     self.enlist_counts(connection, counts)
                 return decision.result(Applied())
-        raise BackendUnavailable("others change the same tasks all the time")
+        raise Contended
 
     def enlist_counts(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
         statement = self.insert(counter)
@@ -245,20 +201,8 @@ class SqlBackend:
     # -- instances
 
     def beat(self, instance: Instance, beat: Beat) -> None:
-        stamp = to_micros(beat.at)
-        row = {
-            "instance_id": instance.instance_id,
-            "host": instance.host,
-            "machine": instance.machine,
-            "pid": instance.pid,
-            "birth": instance.birth,
-            "version": instance.version,
-            "started_at": to_micros(instance.started),
-            "beat_at": stamp,
-            "lease_until": to_micros(beat.lease_until),
-            "slots": beat.slots,
-            "running": beat.running,
-        }
+        row = instance_row(instance, beat)
+        stamp = row["beat_at"]
         changing = {name: row[name] for name in ("beat_at", "lease_until", "slots", "running")}
         known, statement = tables.instance.c.beat_at, self.insert(tables.instance).values(row)
         just_before = known.between(stamp, stamp + 999)  # a clock that stands still, say
@@ -267,22 +211,7 @@ class SqlBackend:
         self._apart(lambda: self._write(statement))
 
     def pulses(self) -> Sequence[Pulse]:
-        return [
-            Pulse(
-                Instance(
-                    instance_id=row.owner,
-                    host=row.host or "",
-                    machine=row.machine or "",
-                    pid=row.pid or 0,
-                    birth=row.birth or "",
-                    version=row.version or "",
-                    started=from_micros(row.started_at or 0),
-                ),
-                stamp=row.beat_at or 0,
-                lease=max(0, (row.lease_until or 0) - (row.beat_at or 0)) / 1e6,
-            )
-            for row in map(pulse_cells, self._apart(self._live_instances))
-        ]
+        return [pulse_of(pulse_cells(row)) for row in self._apart(self._live_instances)]
 
     def leave(self, instance_id: str, stamp: int | None = None) -> None:
         row, table = tables.instance.c, tables.instance
@@ -317,9 +246,7 @@ class SqlBackend:
         statement = page_statement(where, before, limit + 1)
         read = self._search if is_search(where) else self._read
         rows = await read(lambda connection: connection.execute(statement).all())
-        records = [record_of(row) for row in rows[:limit]]
-        older = Cursor(records[-1].created_at, records[-1].task_id) if len(rows) > limit else None
-        return TaskPage(records, older)
+        return page_of(rows, limit)
 
     async def events(self, task_id: str) -> Sequence[TaskEvent]:
         return await self._events(event.c.task_id == task_id, 10_000)
@@ -360,14 +287,7 @@ class SqlBackend:
     async def queues(self) -> Sequence[QueueState]:
         declared = sa.select(tables.queue)
         rows = await self._read(lambda connection: connection.execute(declared).all())
-        states = {
-            row.name: QueueState(row.name, row.concurrency, row.max_size, bool(row.paused), row.reason)
-            for row, _ in map(mended, rows)
-        }
-        for count in await self.counts():
-            state = states.setdefault(count.queue, QueueState(count.queue, None, None, False, None))
-            states[count.queue] = counted(state, count)
-        return [states[name] for name in sorted(states)]
+        return queue_states((row for row, _ in map(mended, rows)), await self.counts())
 
     async def schedules(self) -> Sequence[ScheduleState]:
         statement = pages.SCHEDULES
@@ -396,19 +316,7 @@ class SqlBackend:
         there = sa.select(tables.instance).where(tables.instance.c.lease_until > 0)
         statement = there.order_by(tables.instance.c.started_at.desc())
         rows = await self._read(lambda connection: connection.execute(statement).all())
-        return [
-            InstanceRecord(
-                instance_id=row.instance_id,
-                host=row.host,
-                pid=row.pid,
-                version=row.version,
-                started=from_micros(row.started_at or 0),
-                heartbeat=from_micros(row.beat_at),
-                slots=row.slots,
-                running=row.running,
-            )
-            for row, _ in map(mended, rows)
-        ]
+        return [instance_of(row) for row in rows]
 
     async def cancels(self, instance_id: str) -> Sequence[AttemptId]:
         statement = pages.CANCELS
@@ -450,13 +358,8 @@ class SqlBackend:
 
     async def _search(self, question: Callable[[Connection], T]) -> T:
         """On threads of their own, so that nothing else waits for searches, and never many at a time."""
-        if self._searches >= MOST_SEARCHES:
-            raise BackendUnavailable(f"{self._searches} searches are under way, more are not taken")
-        self._searches += 1
-        try:
+        with self._searches.one():
             return await self._in(self._searching, self._ask, question)
-        finally:
-            self._searches -= 1
 
     def _ask(self, question: Callable[[Connection], T]) -> T:
         with self._read_engine.connect() as connection:

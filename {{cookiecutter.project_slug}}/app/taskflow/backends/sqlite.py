@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import random
 import sqlite3
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from ..errors import TaskDefinitionError
+from ..rules.turns import decide, wants
 from . import sqlite_turn
-from .changes import Applied, Changes, Snapshot, Wants
+from .base import Turn, TurnResult
+from .changes import Stale
 from .neighbours import Neighbours
 from .sql import SqlBackend, translated
 from .tables import counter
@@ -47,6 +49,8 @@ class SqliteBackend(SqlBackend):
             raise TaskDefinitionError(f"SQLite {sqlite3.sqlite_version} is too old: 3.35 or newer is needed")
         self._in_memory = url.database in (None, "", ":memory:")
         super().__init__(url, readers=0 if self._in_memory else 2)
+        self._writer: Connection | None = None
+        """Kept between turns, used on the writer's thread alone; given back after an error."""
         self._neighbours = None if self._in_memory else Neighbours(url.database or "")
 
     def listen(self, wake: Callable[[], None]) -> None:
@@ -92,11 +96,40 @@ class SqliteBackend(SqlBackend):
     def insert(self, table: sa.Table) -> Any:
         return insert(table)
 
-    def look(self, cursor: Any, wants: Wants) -> Snapshot:
-        return sqlite_turn.look(cursor, wants)
+    def _written(self, turn: Turn, *, careful: bool) -> TurnResult:
+        with self._transaction() as connection, self._driver_errors():
+            cursor: Any = connection.connection.cursor()
+            snapshot = sqlite_turn.look(cursor, wants(turn, careful=careful))
+            decision = decide(turn, snapshot, careful=careful, rotation=self._turns)
+            return decision.result(sqlite_turn.apply(cursor, decision.changes))
 
-    def apply(self, cursor: Any, changes: Changes) -> Applied:
-        return sqlite_turn.apply(cursor, changes)
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        """On the writer's own connection: what a pool does at each lending and return costs as much as a statement."""
+        if self._writer is None:
+            self._writer = self._write_engine.connect()
+        try:
+            with self._writer.begin():
+                yield self._writer
+        except Stale:
+            raise
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        connection, self._writer = self._writer, None
+        if connection is not None:
+            connection.close()
+
+    @contextmanager
+    def _driver_errors(self) -> Iterator[None]:
+        """The driver's own errors as SQLAlchemy's, for statements that do not go through it."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            dialect = self._write_engine.dialect
+            raise DBAPIError.instance(None, None, error, sqlite3.Error, dialect=dialect) from error
 
     def attempt(self, connection: Connection) -> AbstractContextManager[object]:
         """Takes the write lock before anything is read: then nothing can be stale."""

@@ -19,19 +19,28 @@ from pydantic_core import from_json
 from ..models import DELAYED, EventKind, TaskStatus, from_micros, to_micros
 from .base import Claimed, Moved, Purge
 from .cells import is_sound, raw, stored_queue, stored_schedule, stored_task, unreadable, words
-from .changes import FACTS, RESCUE_BATCH, STAGE_BATCH, Applied, Changes, Snapshot, Stale, StoredTask, Wants, Wish
+from .changes import (
+    EXECUTORS,
+    FACTS,
+    LEVEL,
+    PURGE_BATCH,
+    RESCUE_BATCH,
+    STAGE_BATCH,
+    Applied,
+    Changes,
+    Snapshot,
+    Stale,
+    StoredTask,
+    Wants,
+    Wish,
+)
 from .scripts import assignments, statements
 from .stored import broken_words, loads_object, log_row
 
 LONGEST_LIST = 512
 """Rows of one bulk statement."""
-PURGED_TASKS = 250
-"""Tasks of one status that one purge deletes at most."""
-LEVEL = ("queue", "name", "status", "n")
 Rows = Sequence[Sequence[Any]]
 
-EXECUTORS = ("async", "thread", "process")
-NO_WALKS = dict.fromkeys(EXECUTORS, 0)
 NAMED = "AND name IN (SELECT value FROM json_each(:names))"
 
 CLAIMABLE = (
@@ -72,9 +81,9 @@ class Query:
     """Whose rows come in one cell or, where JSON cannot hold one of them, each as the driver reads it."""
 
     def __init__(self, text: str, columns: Sequence[str]) -> None:
-        listed = ", ".join(columns)
-        self._whole = text.replace("{cells}", f"json_group_array(json_array({listed}))")
-        self._each = text.replace("{cells}", listed)
+        cells = ", ".join(columns)
+        self._whole = text.replace("{cells}", f"json_group_array(json_array({cells}))")
+        self._each = text.replace("{cells}", cells)
 
     def rows(self, cursor: sqlite3.Cursor, values: Mapping[str, object]) -> Rows:
         try:
@@ -267,7 +276,7 @@ def _claimed(cells: Sequence[Any], started_at: datetime) -> Claimed:
 
 def _ready(cursor: sqlite3.Cursor, wish: Wish) -> Rows:
     """Of the executors that the names have now."""
-    values = {"queue": wish.queue, "most": wish.most, **NO_WALKS, **wish.slots}
+    values = {"queue": wish.queue, "most": wish.most, **wish.walks}
     if wish.every_name:
         return READY.rows(cursor, values)
     return READY_NAMED.rows(cursor, {**values, "names": json.dumps(list(wish.names))})
@@ -320,7 +329,7 @@ def _purge(cursor: sqlite3.Cursor, purge: Purge, changes: Changes) -> tuple[int,
     """Rows of every kind count, so that no purge holds the writer for long: a task may have a thousand lines."""
     deleted, room, before = 0, purge.limit, to_micros(purge.before)
     for status in (status.value for status in TaskStatus if status.terminal):
-        most = min(room, PURGED_TASKS)
+        most = min(room, PURGE_BATCH)
         old = run(cursor, SQL["old"], {"status": status, "before": before, "most": most}).fetchall()
         ids = [task_id for (task_id,) in old if is_sound("task_id", task_id)]
         for kind in ("purge_logs", "purge_events"):
@@ -335,7 +344,7 @@ def _purge(cursor: sqlite3.Cursor, purge: Purge, changes: Changes) -> tuple[int,
                 changes.ran(words(queue), words(name), status, finished_at, started_at)
         deleted += len(gone)
         room -= len(gone)
-        if room <= 0 or len(old) == PURGED_TASKS:
+        if room <= 0 or len(old) == PURGE_BATCH:
             return deleted, True
     skips = run(cursor, SQL["purge_skips"], {"before": before, "most": room}).rowcount
     return deleted, skips == room

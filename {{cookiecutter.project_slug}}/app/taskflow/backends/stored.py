@@ -9,8 +9,8 @@ from datetime import datetime
 from typing import Any
 
 from ..models import DELAYED, Count, QueueState, TaskStatus, from_micros, to_micros
-from .base import Claimed, Draft, LogLine
-from .changes import StoredTask
+from .base import Beat, Claimed, Draft, Instance, LogLine
+from .changes import StoredQueue, StoredTask
 
 STATUSES: Mapping[str, TaskStatus] = {status.value: status for status in TaskStatus}
 
@@ -39,6 +39,9 @@ def stored_names(status: TaskStatus) -> tuple[str, ...]:
     return (status.value, DELAYED) if status is TaskStatus.PENDING else (status.value,)
 
 
+WAITS = stored_names(TaskStatus.PENDING)
+
+
 def dumps_object(value: Mapping[str, Any]) -> str:
     return json.dumps(value, default=str) if value else "{}"
 
@@ -54,8 +57,29 @@ def loads_object(text: str | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+LINE = ("task_id", "at", "level", "attempt", "message", "extra")
+
+
 def log_row(line: LogLine) -> tuple[Any, ...]:
+    """In the order of LINE."""
     return (line.task_id, to_micros(line.at), line.level, line.attempt, line.message, line.extra)
+
+
+def instance_row(instance: Instance, beat: Beat) -> dict[str, Any]:
+    """The columns of an instance that beats."""
+    return {
+        "instance_id": instance.instance_id,
+        "host": instance.host,
+        "machine": instance.machine,
+        "pid": instance.pid,
+        "birth": instance.birth,
+        "version": instance.version,
+        "started_at": to_micros(instance.started),
+        "beat_at": to_micros(beat.at),
+        "lease_until": to_micros(beat.lease_until),
+        "slots": beat.slots,
+        "running": beat.running,
+    }
 
 
 def claim_of(row: StoredTask) -> Claimed:
@@ -111,6 +135,18 @@ def merged_counts(rows: Sequence[tuple[str, str, str, int, int]]) -> Sequence[Co
             count, n=count.n + n, seconds=count.seconds + micros / 1e6, delayed=count.delayed + delayed
         )
     return list(found.values())
+
+
+def queue_states(known: Iterable[StoredQueue], counts: Iterable[Count]) -> Sequence[QueueState]:
+    """By name: those that are stored, and those that only have tasks."""
+    states = {
+        queue.name: QueueState(queue.name, queue.concurrency, queue.max_size, bool(queue.paused), queue.reason)
+        for queue in known
+    }
+    for count in counts:
+        state = states.setdefault(count.queue, QueueState(count.queue, None, None, False, None))
+        states[count.queue] = counted(state, count)
+    return [states[name] for name in sorted(states)]
 
 
 def counted(state: QueueState, count: Count) -> QueueState:

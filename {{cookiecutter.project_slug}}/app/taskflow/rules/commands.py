@@ -29,7 +29,7 @@ from ..backends.base import (
     Supersede,
 )
 from ..backends.changes import StoredQueue, StoredTask
-from ..backends.stored import broken_words, dumps_object, micros, moment, shown_status, stored_pending
+from ..backends.stored import WAITS, broken_words, dumps_object, micros, moment, shown_status, stored_pending
 from ..models import DELAYED, RETRYABLE, EventKind, QueueConfig, TaskStatus, to_micros
 from ..texts import HERE_ONLY, fields_text
 from . import timetable
@@ -185,7 +185,7 @@ def _one_offs(work: Work, run_key: str) -> Iterator[StoredTask]:
     """What waits under that key."""
     for found in work.snapshot.one_offs.get(run_key, ()):
         row = work.latest(found)
-        if row.status in (TaskStatus.PENDING, DELAYED):
+        if row.status in WAITS:
             yield row
 
 

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 from ..backends.base import AttemptId, Finish
 from ..backends.changes import Ending
-from ..backends.stored import micros, stored_pending
-from ..models import DELAYED, EventKind, TaskStatus, to_micros
+from ..backends.stored import WAITS, micros, stored_pending
+from ..models import EventKind, TaskStatus, to_micros
 from .work import Work
-
-WAITS = (TaskStatus.PENDING.value, DELAYED)
 
 
 class Ended:

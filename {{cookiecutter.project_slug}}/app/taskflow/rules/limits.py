@@ -70,9 +70,6 @@ class Limits:
             return 0
         return (state.concurrency or 0) - self._levels.running[queue] - self._started[queue]
 
-    def started(self, queue: str) -> int:
-        return self._started[queue]
-
     def wishes(self, rotation: int, levels: Levels) -> list[Wish]:
         """Shares the slots among the queues. `rotation` changes from turn to turn, and with it who is served first."""
         queues = levels.queues()
