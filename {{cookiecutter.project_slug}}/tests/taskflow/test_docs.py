@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from fastapi import FastAPI
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser
 
-from app.taskflow import TaskAdmin, TaskManager
+from app.settings import Settings
+from app.taskflow import TaskAdmin, TaskConfig, TaskManager, errors
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -82,4 +84,57 @@ def test_every_block_of_a_page_runs(page: Path, reader: Reader) -> None:
 
 def test_there_are_pages_and_they_have_blocks() -> None:
     assert len(PAGES) >= 10
-    assert sum(len(list(document(page).examples())) for page in PAGES) >= 40
+    assert sum(len(list(document(page).examples())) for page in PAGES) >= 30
+
+
+# -- the reference misses nothing
+
+REFERENCE = DOCS / "reference.md"
+
+
+def code_words(section: str) -> set[str]:
+    """What stands in backticks in a section of the reference."""
+    text = REFERENCE.read_text("utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    assert text, section
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+def parameters(function: object) -> set[str]:
+    return set(inspect.signature(function).parameters) - {"self"}  # type: ignore[arg-type]
+
+
+def test_every_setting_is_in_the_reference() -> None:
+    names = {f"TASKFLOW_{name.upper()}" for name in Settings.model_fields}
+    assert code_words("Settings") >= names
+
+
+def test_every_task_option_is_in_the_reference() -> None:
+    assert code_words("Task options") >= set(TaskConfig.__dataclass_fields__)
+
+
+def test_every_argument_is_in_the_reference() -> None:
+    assert code_words("`TaskManager`") >= parameters(TaskManager.__init__)
+    assert code_words("`TaskAdmin`") >= parameters(TaskAdmin.__init__)
+
+
+def test_every_route_is_in_the_reference() -> None:
+    app = FastAPI()
+    TaskAdmin(app, TaskManager())
+    paths = app.openapi()["paths"]
+    routes = {f"{method.upper()} {path}" for path, operations in paths.items() for method in operations}
+    assert code_words("Routes") - {"TASKFLOW_PATH", "/docs"} >= routes
+
+
+def test_every_error_is_in_the_reference() -> None:
+    raised = {
+        name
+        for name, found in vars(errors).items()
+        if inspect.isclass(found) and issubclass(found, Exception) and found.__module__ == errors.__name__
+    }
+    assert code_words("Errors") >= raised - {"TaskflowError"}
+
+
+def test_every_link_between_pages_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
