@@ -105,6 +105,7 @@ class EventKind(StrEnum):
     PAUSE_SCHEDULE = "pause_schedule"
     RESUME_SCHEDULE = "resume_schedule"
     CANCEL_SCHEDULED = "cancel_scheduled"  # of a one-off, by an operator
+    MOVE_SCHEDULED = "move_scheduled"
     LOGIN = "login"  # of no task: people who come and go
     LOGIN_FAILED = "login_failed"
     LOGOUT = "logout"

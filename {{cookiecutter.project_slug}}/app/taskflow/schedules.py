@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from .backends.base import Backend, CancelScheduled, DeclaredSchedule, Draft, EditSchedule, RunSchedule, Supersede
+from .backends.base import (
+    Backend,
+    CancelScheduled,
+    DeclaredSchedule,
+    Draft,
+    EditSchedule,
+    MoveScheduled,
+    RunSchedule,
+    Supersede,
+)
 from .errors import BadSchedule, ScheduleNotFound, TaskDefinitionError, TaskflowError, UnknownFunction
 from .journal import Journal
 from .models import EventKind, ScheduledOnce, ScheduleState, TaskConfig
@@ -202,6 +211,18 @@ class Schedules:
         except ValueError:
             return False
         return (await self._journal.obey(CancelScheduled(key, actor))).changed > 0
+
+    async def move_once(self, run_key: str, run_at: datetime, actor: str | None = None) -> bool:
+        """Gives what waits under that key another time; whether anything did. The call stays as it was stored.
+
+        Raises TaskArgumentError for a time that cannot be, BackendUnavailable.
+        """
+        run_at = checked(run_key, "run_at", run_at, moment)
+        try:
+            key = key_text(run_key)
+        except ValueError:
+            return False
+        return (await self._journal.obey(MoveScheduled(key, run_at, actor))).changed > 0
 
     async def one_offs(
         self, before: datetime | None = None, after: tuple[datetime, str] | None = None, limit: int = ONE_OFF_PAGE

@@ -297,6 +297,15 @@ class CancelScheduled:
     actor: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class MoveScheduled:
+    """Give what waits under a `run_key` another time."""
+
+    run_key: str
+    run_at: datetime
+    actor: str | None
+
+
 Command = (
     Cancel
     | Requeue
@@ -312,6 +321,7 @@ Command = (
     | RunSchedule
     | Supersede
     | CancelScheduled
+    | MoveScheduled
 )
 
 

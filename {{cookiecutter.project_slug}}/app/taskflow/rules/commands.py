@@ -20,6 +20,7 @@ from ..backends.base import (
     EditSchedule,
     Fire,
     Moved,
+    MoveScheduled,
     Note,
     Purge,
     Requeue,
@@ -30,7 +31,7 @@ from ..backends.base import (
 )
 from ..backends.changes import StoredQueue, StoredTask
 from ..backends.stored import WAITS, broken_words, dumps_object, micros, moment, shown_status, stored_pending
-from ..models import DELAYED, RETRYABLE, EventKind, QueueConfig, TaskStatus, to_micros
+from ..models import DELAYED, RETRYABLE, EventKind, QueueConfig, TaskStatus, from_micros, to_micros
 from ..texts import HERE_ONLY, fields_text
 from . import timetable
 from .work import Work
@@ -64,6 +65,8 @@ def obey(work: Work, command: Command) -> Answer:
             return _supersede(work, command)
         case CancelScheduled(run_key, actor):
             return _cancel_scheduled(work, run_key, actor)
+        case MoveScheduled():
+            return _move_scheduled(work, command)
         case DeclareSchedules(schedules):
             return timetable.declare(work, schedules)
         case Fire(firings):
@@ -178,6 +181,18 @@ def _cancel_scheduled(work: Work, run_key: str, actor: str | None) -> Answer:
         if actor is not None:
             detail = json.dumps({"run_key": run_key})
             work.changes.event(EventKind.CANCEL_SCHEDULED, row.task_id, actor=actor, detail=detail)
+    return Answer(changed=len(waiting))
+
+
+def _move_scheduled(work: Work, move: MoveScheduled) -> Answer:
+    waiting = list(_one_offs(work, move.run_key))
+    for row in waiting:
+        status = stored_pending(to_micros(move.run_at), work.now)
+        work.put(row, status=status, run_at=to_micros(move.run_at))
+        work.changes.move(row.queue, row.name, row.status, status)
+        detail = {"run_key": move.run_key, "from": from_micros(row.run_at).isoformat(), "to": move.run_at.isoformat()}
+        actor = move.actor or ""
+        work.changes.event(EventKind.MOVE_SCHEDULED, row.task_id, actor=actor, detail=json.dumps(detail))
     return Answer(changed=len(waiting))
 
 

@@ -18,6 +18,7 @@ from ..backends.base import (
     DeclareSchedules,
     EditSchedule,
     Fire,
+    MoveScheduled,
     Purge,
     Requeue,
     Rescue,
@@ -54,7 +55,7 @@ def wants(turn: Turn, *, careful: bool) -> Wants:
                 seen.stamps |= stamps
             case Supersede(draft):
                 seen.run_keys.append(draft.run_key or "")
-            case CancelScheduled(run_key):
+            case CancelScheduled(run_key) | MoveScheduled(run_key):
                 seen.run_keys.append(run_key)
             case Fire(firings):
                 seen.schedules += [firing.schedule for firing in firings]

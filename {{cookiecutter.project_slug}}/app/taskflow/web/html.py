@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from ..errors import TaskflowError
 from ..host import headers_of, status_of
 from . import views
+from .navigation import NAVIGATION
 from .site import Site
 
 HERE = Path(__file__).parent
@@ -101,7 +102,7 @@ class Renderer:
             undefined=jinja2.StrictUndefined,
         )
         self._templates.filters.update(views.FILTERS)
-        self._templates.globals["asset_version"] = self.assets.version
+        self._templates.globals.update(asset_version=self.assets.version, navigation=NAVIGATION)
 
     def page(self, request: Request, name: str, status: int = 200, **facts: object) -> Page:
         base = self._site.base(request)
@@ -112,6 +113,7 @@ class Renderer:
             user=getattr(request.state, "taskflow_actor", None) if self._asks_for_login else None,
             preferences=Preferences.of(request),
             here=self._site.here(request),
+            can_operate=True,
             **facts,
         )
         return Page(text, status, HEADERS)

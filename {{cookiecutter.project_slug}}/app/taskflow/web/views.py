@@ -42,6 +42,7 @@ EVENT_WORDS: Mapping[str, tuple[str, str]] = {
     EventKind.MOVED: ("Given another time", "pending"),
     EventKind.RUN_SCHEDULE: ("Its schedule was run by hand", "pending"),
     EventKind.CANCEL_SCHEDULED: ("Cancelled before its time", "cancelled"),
+    EventKind.MOVE_SCHEDULED: ("Given another time", "pending"),
     EventKind.LEASE_LOST: ("A late result was refused", "rejected"),
 }
 """Event kind -> what it says, and the status whose colour it has."""
@@ -62,6 +63,64 @@ def parse_moment(text: str, now: datetime) -> datetime:
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except (ValueError, OverflowError):
         raise ValueError(f"{text!r}: expected an ISO 8601 time, or <N>m, <N>h or <N>d ago") from None
+
+
+def parse_time(text: str) -> datetime:
+    """What was typed as a moment: ISO 8601, UTC where it names no zone. Raises ValueError."""
+    try:
+        moment = datetime.fromisoformat(text)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text[:40]!r}: expected an ISO 8601 time, such as 2026-01-31T12:00") from None
+
+
+# -- schedules in words
+
+DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+EVERY_SECONDS = re.compile(r"every ([0-9.]+) s")
+NUMBER, STEP = re.compile(r"\d{1,2}"), re.compile(r"\*/(\d{1,2})")
+
+
+def trigger_words(text: str) -> str:
+    """A schedule's trigger as people say it; as it is written where there are no shorter words for it."""
+    if found := EVERY_SECONDS.fullmatch(text):
+        return f"every {seconds(float(found[1]))}".replace("every 1 ", "every ")
+    fields = text.split()
+    if len(fields) != 5 or fields[3] != "*":
+        return text
+    minute, hour, day, _, weekday = fields
+    days = days_words(day, weekday)
+    if NUMBER.fullmatch(minute) and NUMBER.fullmatch(hour) and days:
+        return f"{days} at {int(hour):02}:{int(minute):02}"
+    if (day, weekday) != ("*", "*"):
+        return text
+    if NUMBER.fullmatch(minute) and hour == "*":
+        return f"every hour at :{int(minute):02}"
+    if minute == "*" and hour == "*":
+        return "every minute"
+    if (found := STEP.fullmatch(minute)) and hour == "*":
+        return f"every {int(found[1])} minutes"
+    if (found := STEP.fullmatch(hour)) and minute == "0":
+        return f"every {int(found[1])} hours"
+    return text
+
+
+def days_words(day: str, weekday: str) -> str:
+    """Of a cron expression's fields; nothing where they say more than one word does."""
+    match day, weekday.lower():
+        case "*", "*":
+            return "every day"
+        case "*", "1-5" | "mon-fri":
+            return "every weekday"
+        case "*", "0,6" | "6,0" | "6,7" | "sat,sun":
+            return "every Saturday and Sunday"
+        case "*", name if name.isdecimal() and int(name) < 8:
+            return f"every {DAYS[int(name) % 7]}"
+        case "*", name if found := [full for full in DAYS if full[:3].lower() == name]:
+            return f"every {found[0]}"
+        case number, "*" if NUMBER.fullmatch(number):
+            return f"on day {int(number)} of the month"
+    return ""
 
 
 # -- the search box
@@ -259,6 +318,17 @@ def event_detail(event: TaskEvent) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value is not None)
 
 
+def until(moment: datetime, now: datetime) -> str:
+    """How long from now."""
+    left = (moment - now).total_seconds()
+    return f"in {seconds(max(1.0, left))}" if left > 0 else "now"
+
+
+def compact(value: object, limit: int = 200) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def pretty(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
@@ -394,6 +464,7 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "clock": clock,
     "day_clock": day_clock,
     "event_detail": event_detail,
+    "compact": compact,
     "first_line": first_line,
     "full": full,
     "glyph": glyph,
@@ -408,5 +479,6 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "short_id": short_id,
     "short_number": short_number,
     "wait_seconds": wait_seconds,
+    "until": until,
     "waiting_for": waiting_for,
 }

@@ -142,7 +142,6 @@
     remember();
   };
   find("#help")?.removeAttribute("hidden");
-  const PAGES = { o: "/dashboard", t: "/dashboard/tasks" };
   const KEYS = {
     "/": () => find("#q") ? find("#q").focus() : location.assign(`${base}/dashboard/tasks`),
     j: () => step(1),
@@ -158,9 +157,9 @@
       if (event.key === "Escape") event.target.blur();
       return;
     }
-    const page = Date.now() - went < 1500 && PAGES[event.key];
+    const page = Date.now() - went < 1500 && all("[data-key]").find((link) => link.dataset.key === event.key);
     went = event.key === "g" ? Date.now() : 0;
-    if (page) location.assign(base + page);
+    if (page) page.click();
     else if (KEYS[event.key]) { event.preventDefault(); KEYS[event.key](); }
   });
 })();

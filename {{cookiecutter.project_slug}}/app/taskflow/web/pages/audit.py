@@ -1,0 +1,84 @@
+"""The audit: who did what, when, to what, and why. Append-only: nothing here changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response, StreamingResponse
+
+from ...models import TaskEvent
+from .. import csv, records, views
+from ..html import HEADERS
+from .desk import Desk
+
+PAGE_SIZE = 50
+MOST_EXPORTED = 10_000
+EXPORT_BATCH = 500
+COLUMNS = ("entry_id", "timestamp", "actor", "action", "task_id", "detail")
+
+Before = Annotated[int | None, Query(ge=0, lt=2**63)]
+
+
+def add_routes(router: APIRouter, desk: Desk) -> None:
+    store = desk.store
+
+    @router.get("/dashboard/audit")
+    async def audit(request: Request, before: Before = None) -> Response:
+        seq = await desk.feed.head()
+        found = await store.audit(before, PAGE_SIZE + 1)
+        acts = facts(found[:PAGE_SIZE])
+        older = acts[-1].event.seq if len(found) > PAGE_SIZE else None
+        return desk.renderer.page(
+            request, "audit.html", seq=seq, now=desk.now(), acts=acts, older=older, newest=before is None
+        )
+
+    @router.get("/dashboard/audit.csv")
+    async def export(before: Before = None) -> Response:
+        async def lines() -> object:
+            yield csv.line(COLUMNS)
+            place, left = before, MOST_EXPORTED
+            while left > 0 and (found := await store.audit(place, min(left, EXPORT_BATCH))):
+                for event in found:
+                    yield csv.line(csv_cells(event))
+                place, left = found[-1].seq, left - len(found)
+
+        headers = HEADERS | {"Content-Disposition": 'attachment; filename="audit.csv"'}
+        return StreamingResponse(lines(), headers=headers, media_type="text/csv; charset=utf-8")  # type: ignore[arg-type]
+
+
+def csv_cells(event: TaskEvent) -> Sequence[str]:
+    row = records.audit_row(event)
+    return [
+        row["entry_id"],
+        row["timestamp"],
+        row["actor"] or "",
+        row["action"],
+        row["task_id"] or "",
+        event.detail or "",
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    event: TaskEvent
+    action: str
+    subject: str
+    """What it was done to, in words; "" where that is a task, which is a link."""
+    detail: str
+
+
+def facts(events: Sequence[TaskEvent]) -> list[Act]:
+    return [act(event) for event in events]
+
+
+def act(event: TaskEvent) -> Act:
+    action = records.ACTIONS.get(event.kind, event.kind).replace("_", " ")
+    kind, colon, name = event.task_id.partition(":")
+    if colon:
+        return Act(event, action, f"{kind} {name}", views.event_detail(event))
+    about = records.detail_object(event.detail)
+    queue = about.get("queue")
+    return Act(event, action, f"queue {queue}" if queue else "", views.event_detail(event))

@@ -1,0 +1,115 @@
+"""One task: what happened, attempt by attempt, with its log, its error, its arguments and its result."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+
+from ...models import LogEntry, TaskRecord
+from .. import charts, records, views
+from ..api import checked_id
+from ..auth import actor_of
+from ..html import HEADERS
+from ..site import Site
+from .desk import Desk
+
+MOST_LOG_LINES = 500
+"""Log lines that a page shows at once; the rest follows line by line, or from the API."""
+
+
+def add_routes(router: APIRouter, desk: Desk) -> None:
+    store, site = desk.store, desk.site
+
+    @router.get("/dashboard/tasks/{task_id}")
+    async def task_page(request: Request, task_id: str) -> Response:
+        seq = await desk.feed.head()
+        task = await store.get(checked_id(task_id))
+        events, logs = await asyncio.gather(store.events(task_id), store.logs(task_id, 0, MOST_LOG_LINES))
+        now = desk.now()
+        return desk.renderer.page(
+            request,
+            "task.html",
+            seq=seq,
+            now=now,
+            task=task,
+            known=store.knows(task.func_name),
+            waterfall=charts.waterfall(events, now, width=600),
+            events=events[::-1],
+            actors=any(event.actor for event in events),
+            event_words=views.EVENT_WORDS,
+            logs=log_lines(logs, None),
+            log_end=log_end(logs, 0, None),
+            error_type=views.error_type(task.stacktrace),
+            frames=views.own_frames(task.stacktrace, f"{Path.cwd()}/"),
+            result=shown_result(site, task),
+            arguments=records.arguments(store, task) if site.display_func_args else None,
+        )
+
+    @router.get("/dashboard/tasks/{task_id}/log")
+    async def more_log(
+        request: Request,
+        task_id: str,
+        after: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+        attempt: Annotated[int | None, Query(ge=0, lt=2**31)] = None,
+    ) -> Response:
+        """Lines after those that a page shows, and where the next ones start."""
+        task = await store.get(checked_id(task_id))
+        logs = await store.logs(task_id, after, MOST_LOG_LINES)
+        if not logs and not task.status.terminal:
+            return Response(status_code=204, headers=HEADERS)
+        end = log_end(logs, after, attempt)
+        return desk.renderer.page(request, "log.html", task=task, logs=log_lines(logs, attempt), log_end=end)
+
+    @router.post("/dashboard/tasks/{task_id}/cancel")
+    async def cancel(request: Request, task_id: str) -> Response:
+        task = await store.cancel(checked_id(task_id), actor_of(request))
+        return desk.go_to(request, f"/tasks/{task.task_id}")
+
+    @router.post("/dashboard/tasks/{task_id}/retry")
+    async def retry(request: Request, task_id: str) -> Response:
+        task = await store.retry(checked_id(task_id), actor_of(request))
+        return desk.go_to(request, f"/tasks/{task.task_id}")
+
+
+def shown_result(site: Site, task: TaskRecord) -> str | None:
+    if task.result is None:
+        return None
+    try:
+        return views.pretty(records.plain(site.manager.store.returned(task)))
+    except records.UNREADABLE:
+        return "(the stored result cannot be read)"
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    entry: LogEntry
+    opens: int | None
+    """The attempt, from 1, whose first line this is; None inside an attempt, and where there is but one."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogEnd:
+    """Where a page's log ends: the last line's number and attempt."""
+
+    seq: int
+    attempt: int | None
+
+
+def log_lines(logs: Sequence[LogEntry], attempt: int | None) -> list[LogLine]:
+    """`attempt` is that of the line before these."""
+    lines = []
+    for entry in logs:
+        fresh = entry.attempt != attempt and (attempt is not None or entry.attempt > 0)
+        lines.append(LogLine(entry, entry.attempt + 1 if fresh else None))
+        attempt = entry.attempt
+    return lines
+
+
+def log_end(logs: Sequence[LogEntry], after: int, attempt: int | None) -> LogEnd:
+    return LogEnd(logs[-1].seq, logs[-1].attempt) if logs else LogEnd(after, attempt)

@@ -1,0 +1,50 @@
+"""Workers: the processes that serve these tasks, how busy they are, and which version each runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from ...housekeeping import LEASE_SECONDS
+from ...models import InstanceRecord
+from .desk import Desk
+
+
+def add_routes(router: APIRouter, desk: Desk) -> None:
+    @router.get("/dashboard/workers")
+    async def workers(request: Request) -> Response:
+        seq = await desk.feed.head()
+        now = desk.now()
+        rows = facts(await desk.store.instances(), now)
+        here = desk.site.manager.instance_id
+        return desk.renderer.page(request, "workers.html", seq=seq, now=now, workers=rows, here=here)
+
+
+def is_alive(instance: InstanceRecord, now: datetime) -> bool:
+    return now - instance.heartbeat < timedelta(seconds=LEASE_SECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    instance: InstanceRecord
+    alive: bool
+    differs: bool
+    """Whether most others run another version."""
+
+    @property
+    def busy(self) -> float:
+        return min(1.0, self.instance.running / self.instance.slots) if self.instance.slots else 0.0
+
+
+def facts(instances: Sequence[InstanceRecord], now: datetime) -> list[Worker]:
+    """Those alive first, the newest first among them."""
+    alive = [item for item in instances if is_alive(item, now)]
+    versions = Counter(item.version for item in alive)
+    usual = versions.most_common(1)[0][0] if versions else ""
+    rows = [Worker(item, is_alive(item, now), item.version != usual) for item in instances]
+    return sorted(rows, key=lambda row: (not row.alive, -row.instance.started.timestamp()))
