@@ -660,6 +660,9 @@ def needs_body(it: Item) -> None: ...
 def needs_declared_body(it: Annotated[int, Body()]) -> None: ...
 
 
+def needs_form(it: Annotated[str, Form()]) -> None: ...
+
+
 REFUSED = [
     (needs_request, "a Request"),
     (needs_websocket, "a WebSocket"),
@@ -673,6 +676,7 @@ REFUSED = [
     (needs_cookie, "a cookie"),
     (needs_body, "a request body"),
     (needs_declared_body, "a request body"),
+    (needs_form, "a request body"),
 ]
 
 
@@ -724,10 +728,6 @@ def get_client(word: Word, client: Client) -> Client:
     return client
 
 
-def get_form(field: Annotated[str, Form()]) -> str:
-    return field
-
-
 def outlives(inner: Annotated[None, Depends(get_word, scope="function")]) -> Iterator[None]:
     yield
 
@@ -738,15 +738,12 @@ async def twice(word: Word = Depends(get_word)) -> None: ...
 async def unknown(number: int, found: Annotated[Any, Depends(above(get_client))]) -> None: ...
 
 
-async def form(found: Annotated[Any, Depends(above(get_form))]) -> None: ...
-
-
 async def scoped(found: Annotated[Any, Depends(above(outlives))]) -> None: ...
 
 
 @pytest.mark.parametrize(
     ("function", "culprit", "parameter"),
-    [(twice, twice, "word"), (unknown, get_client, "client"), (form, get_form, "field"), (scoped, outlives, "inner")],
+    [(twice, twice, "word"), (unknown, get_client, "client"), (scoped, outlives, "inner")],
 )
 def test_what_fastapi_itself_does_not_take_is_refused_with_the_dependency_and_the_parameter(
     function: Callable[..., Any], culprit: Callable[..., Any], parameter: str

@@ -121,6 +121,12 @@ async def test_whatever_point_a_process_is_killed_at_nothing_is_lost_and_nothing
     if point in ("mid-run", "inside-rescue"):
         lives.hold()
         await kill_mid_run(lives, kind)
+    elif point in ("before-finish", "inside-finish"):
+        lives.hold()  # neither ends before both have begun
+        await lives.begin(point, kind)
+        await eventually(lambda: len(lives.started()) == 2)
+        lives.let_go()
+        assert await lives.ended() == -signal.SIGKILL
     else:
         await lives.begin(point, kind)
         assert await lives.ended() == -signal.SIGKILL

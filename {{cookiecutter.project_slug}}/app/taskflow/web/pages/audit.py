@@ -50,15 +50,8 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
 
 
 def csv_cells(event: TaskEvent) -> Sequence[str]:
-    row = records.audit_row(event)
-    return [
-        row["entry_id"],
-        row["timestamp"],
-        row["actor"] or "",
-        row["action"],
-        row["task_id"] or "",
-        event.detail or "",
-    ]
+    row = records.audit_row(event) | {"detail": event.detail}
+    return [row[column] or "" for column in COLUMNS]
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,10 +107,9 @@ def changes_of(name: str, events: Iterable[TaskEvent]) -> list[Change]:
     """What people did to that queue, newest first, among these events."""
     found = []
     for event in events:
-        if event.kind in EDITS and (facts := detail_object(event.detail)).get("queue") == name:
-            found.append(
-                Change(event, difference(facts.get("before"), facts.get("after")), str(facts.get("note") or ""))
-            )
+        if event.kind in EDITS and (about := detail_object(event.detail)).get("queue") == name:
+            words = difference(about.get("before"), about.get("after"))
+            found.append(Change(event, words, str(about.get("note") or "")))
     return found[:MOST_CHANGES]
 
 

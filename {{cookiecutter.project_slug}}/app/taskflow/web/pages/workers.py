@@ -21,8 +21,8 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
         seq = await desk.feed.head()
         now = desk.now()
         rows = facts(await desk.store.instances(), now)
-        here = desk.site.manager.instance_id
-        return desk.renderer.page(request, "workers.html", seq=seq, now=now, workers=rows, here=here)
+        me = desk.site.manager.instance_id
+        return desk.renderer.page(request, "workers.html", seq=seq, now=now, workers=rows, me=me)
 
 
 def is_alive(instance: InstanceRecord, now: datetime) -> bool:
