@@ -35,6 +35,7 @@ NAMES = {
     "queue": "queues",
     "schedule": "schedules",
     "revoked": "ended sessions",
+    "failure": "groups of failures",
     "task": "tasks",
     "event": "events",
     "log": "log lines",

@@ -98,7 +98,12 @@ class EventKind(StrEnum):
     UPDATE_QUEUE = "update_queue"  # of a queue, by an operator
     PAUSE_QUEUE = "pause_queue"
     RESUME_QUEUE = "resume_queue"
+    DISMISSED = "dismissed"  # no transition: somebody has seen to a FAILED task, and says why
+    RESTORED = "restored"  # no transition: it was not seen to after all
     BULK_RETRY = "bulk_retry"  # of many tasks, by an operator
+    BULK_CANCEL = "bulk_cancel"
+    BULK_DISMISS = "bulk_dismiss"
+    BULK_RESTORE = "bulk_restore"
     DELETE_HISTORY = "delete_history"
     TICK_SKIPPED = "tick_skipped"  # of a schedule: a tick, or several that were missed, made no task
     RUN_SCHEDULE = "run_schedule"  # of a schedule, by an operator
@@ -255,6 +260,10 @@ class TaskRecord:
     """The schedule of which it is a run."""
     run_key: str | None = None
     """The replaceable key of a one-off."""
+    error_key: str | None = None
+    """The group of failures that it belongs to, once it FAILED."""
+    dismissed: bool = False
+    """Whether somebody has seen to it that it FAILED."""
 
     @property
     def duration(self) -> float | None:
@@ -309,6 +318,50 @@ class TaskFilter:
     until: datetime | None = None
     text: str | None = None
     """Words found in the name, the start of the id, the error or a tag."""
+    error_key: str | None = None
+    """Of one group of failures."""
+    dismissed: bool | None = None
+    task_id: str | None = None
+    """The start of it."""
+    key: str | None = None
+    """The idempotency key."""
+    error: str | None = None
+    """Words found in the error."""
+    arguments: str | None = None
+    """Words found in the stored arguments; none are, where these are sealed."""
+    attempts: tuple[Literal["<", "=", ">"], int] | None = None
+    """How many were started."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether the counts alone say how many tasks match."""
+        by_counts = TaskFilter(self.statuses, self.func_name, self.queue)
+        return self == by_counts
+
+    def counts(self, count: Count) -> bool:
+        """Whether the tasks of a count match, as far as counts can tell."""
+        return (
+            (not self.statuses or count.status in self.statuses)
+            and self.func_name in (None, count.name)
+            and self.queue in (None, count.queue)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorGroup:
+    """Failures with one cause: see `failures.py`."""
+
+    key: str
+    func_name: str
+    error_type: str
+    message: str
+    """Of the newest."""
+    frame: str
+    first_at: datetime
+    last_at: datetime
+    open: int
+    """Tasks that FAILED for it, and that nobody has dismissed."""
+    dismissed: int
 
 
 @dataclass(frozen=True, slots=True)

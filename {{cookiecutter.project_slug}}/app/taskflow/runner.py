@@ -24,6 +24,7 @@ from .context import BoundedWords, TaskContext, TaskSink, current
 from .dependencies import Injector
 from .errors import CancelTask, RetryLater, UnreadableCall, signal_of, text_of, trace_text
 from .executors import Call, Executor, carried, completed, done_on, is_a
+from .failures import failure_of
 from .models import EventKind, TaskConfig, TaskStatus
 from .registry import TaskDefinition, TaskRegistry
 from .retry import LONGEST_DELAY, seconds_until_retry
@@ -272,14 +273,16 @@ def retry_time(task: Claimed, config: TaskConfig, error: BaseException, now: dat
 
 def failed(task: Claimed, error: BaseException, retry_at: datetime | None, now: datetime) -> Finish:
     retried = retry_at is not None
+    text, stack = clean(text_of(error)[:LONGEST_ERROR]), clean(stack_of(error)[-LONGEST_STACKTRACE:])
     return Finish(
         task,
         EventKind.RETRYING if retried else EventKind.FAILED,
         TaskStatus.PENDING if retried else TaskStatus.FAILED,
         now,
         run_at=retry_at,
-        error=clean(text_of(error)[:LONGEST_ERROR]),
-        stacktrace=clean(stack_of(error)[-LONGEST_STACKTRACE:]),
+        error=text,
+        stacktrace=stack,
+        failure=None if retried else failure_of(task.name, text, stack),
     )
 
 

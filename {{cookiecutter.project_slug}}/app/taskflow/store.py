@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from enum import StrEnum
 from itertools import accumulate
 from time import monotonic
 from typing import Any, Literal
@@ -23,7 +24,21 @@ from uuid import UUID, uuid5
 import uuid_utils
 
 from . import codec
-from .backends.base import Backend, Cancel, Draft, EditQueue, Finish, Note, Purge, Requeue, TurnResult
+from .backends.base import (
+    Backend,
+    Cancel,
+    CancelTasks,
+    DismissTasks,
+    Draft,
+    EditQueue,
+    Finish,
+    Note,
+    Purge,
+    Requeue,
+    RequeueTasks,
+    RestoreTasks,
+    TurnResult,
+)
 from .cipher import Cipher, Place, PlainText
 from .context import CarriedContexts
 from .errors import (
@@ -45,6 +60,7 @@ from .models import (
     RETRYABLE,
     Count,
     Cursor,
+    ErrorGroup,
     EventKind,
     InstanceRecord,
     LogEntry,
@@ -75,7 +91,10 @@ RESULT_POLL = 1.0
 MOST_NOTED_IDS = 100
 LOOP_POLL = 1.0
 """Seconds between looks whether the event loop that a thread waits for is still there."""
-RETRY_BATCH = 500
+BATCH = 500
+"""Tasks that one turn acts on."""
+MOST_COUNTED = 10_000
+"""Tasks that are looked for to know how many match."""
 WHOLE = 2**31 - 1
 """Characters: all there are."""
 MOST_LOGGED = 2_000_000
@@ -96,6 +115,31 @@ class Retried:
 
     def __add__(self, other: Retried) -> Retried:
         return Retried({**self.new_ids, **other.new_ids}, self.skipped + other.skipped)
+
+
+class Act(StrEnum):
+    """What is done to all that match."""
+
+    RETRY = "retry"
+    CANCEL = "cancel"
+    DISMISS = "dismiss"
+    RESTORE = "restore"
+
+
+ACTS: Mapping[Act, EventKind] = {
+    Act.RETRY: EventKind.BULK_RETRY,
+    Act.CANCEL: EventKind.BULK_CANCEL,
+    Act.DISMISS: EventKind.BULK_DISMISS,
+    Act.RESTORE: EventKind.BULK_RESTORE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Acted:
+    """How far it is: tasks that were changed, and those whose state did not allow it."""
+
+    done: int = 0
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +377,12 @@ class TaskStore:
         """What people did, newest first; below the event number `before` where it is given."""
         return await self._backend.audit(before, limit)
 
+    async def error_groups(
+        self, *, dismissed: bool = False, before: tuple[datetime, str] | None = None, limit: int = 50
+    ) -> Sequence[ErrorGroup]:
+        """Failures by their cause, the last to fail first; below a (last_at, key)."""
+        return await self._backend.groups(dismissed=dismissed, before=before, limit=limit)
+
     async def is_revoked(self, session_id: str) -> bool:
         """Whether that login session was ended before its time, here or elsewhere."""
         return await self._backend.is_revoked(session_id)
@@ -462,7 +512,11 @@ class TaskStore:
     async def retry_many(self, task_ids: Sequence[str], actor: str | None = None) -> Retried:
         """Retries those that can be, each once; one entry in the audit."""
         unique = list(dict.fromkeys(task_ids))
-        retried = await self._retry_each(unique)
+        retried = Retried({}, 0)
+        for start in range(0, len(unique), BATCH):
+            found = await asyncio.gather(*(self._find(task_id) for task_id in unique[start : start + BATCH]))
+            tasks = [task for task in found if task is not None]
+            retried += await self._retry_batch(tasks) + Retried({}, len(found) - len(tasks))
         await self._note_retried(actor, retried, {"task_ids": unique[:MOST_NOTED_IDS]})
         return retried
 
@@ -470,24 +524,106 @@ class TaskStore:
         self, since: datetime | None, func_name: str | None = None, actor: str | None = None
     ) -> Retried:
         """Retries every FAILED task added after `since`; None is all of them."""
-        where = TaskFilter(statuses=(TaskStatus.FAILED,), since=since, func_name=func_name)
+        where = TaskFilter(statuses=(TaskStatus.FAILED,), since=since, func_name=func_name, until=self._clock())
         retried = Retried({}, 0)
         cursor: Cursor | None = None
         while True:
-            page = await self.page(where, cursor, RETRY_BATCH)
-            retried += await self._retry_each([task.task_id for task in page.tasks])
+            page = await self.page(where, cursor, BATCH)
+            retried += await self._retry_batch(page.tasks)
             if (cursor := page.older) is None:
                 break
         window = {"since": since.isoformat() if since else "all", "func_name": func_name}
         await self._note_retried(actor, retried, window)
         return retried
 
+    async def _find(self, task_id: str) -> TaskRecord | None:
+        try:
+            return await self.get(task_id)
+        except TaskNotFound:
+            return None
+
+    async def _retry_batch(self, tasks: Sequence[TaskRecord], note: str | None = None) -> Retried:
+        """One turn for all of them, unless a retry is a new task."""
+        ids = [task.task_id for task in tasks]
+        if not self._retry_replaces_original:
+            return await self._retry_each(ids)
+        if not ids:
+            return Retried({}, 0)
+        known = {name: self._registry.get(name) for name in {task.func_name for task in tasks}}
+        attempts = {name: definition.max_attempts for name, definition in known.items() if definition is not None}
+        answer = await self._journal.obey(RequeueTasks(ids, attempts, note))
+        return Retried({task_id: task_id for task_id in answer.ids}, len(ids) - answer.changed)
+
+    # -- all that match
+
+    async def act(
+        self, act: Act, where: TaskFilter, actor: str | None = None, reason: str | None = None
+    ) -> AsyncIterator[Acted]:
+        """Does one thing to every task that matches now, a batch at a time, and tells how far it is after each.
+
+        Whoever stops asking stops it. What it did is one entry in the audit, also where it was stopped or failed; the
+        tasks' own events name no actor. Raises BackendUnavailable.
+        """
+        where = replace(where, until=min(filter(None, (where.until, self._clock()))))
+        acted, cursor, ended = Acted(), None, False
+        try:
+            while not ended:
+                page = await self.page(where, cursor, BATCH)
+                done = await self._act_on(act, page.tasks, reason) if page.tasks else 0
+                acted = Acted(acted.done + done, acted.skipped + len(page.tasks) - done)
+                cursor, ended = page.older, page.older is None
+                yield acted
+        finally:
+            facts = {"matching": words_of(where), "done": acted.done, "skipped": acted.skipped, "reason": reason}
+            detail = {**facts, "stopped": None if ended else "before the end"}
+            await self._journal.obey(Note(ACTS[act], actor, {key: it for key, it in detail.items() if it is not None}))
+
+    async def _act_on(self, act: Act, tasks: Sequence[TaskRecord], reason: str | None) -> int:
+        note = f"with all that matched: {reason}" if reason else "with all that matched"
+        ids = [task.task_id for task in tasks]
+        match act:
+            case Act.RETRY:
+                return len((await self._retry_batch(tasks, note)).new_ids)
+            case Act.CANCEL:
+                command: CancelTasks | DismissTasks | RestoreTasks = CancelTasks(ids, note)
+            case Act.DISMISS:
+                command = DismissTasks(ids, note)
+            case Act.RESTORE:
+                command = RestoreTasks(ids)
+        return (await self._journal.obey(command)).changed
+
+    async def dismiss(self, task_id: str, reason: str, actor: str | None = None) -> TaskRecord:
+        """Says that somebody has seen to a FAILED task. Raises TaskNotFound, TaskStateError, BackendUnavailable."""
+        return await self._settled(task_id, DismissTasks([known_id(task_id)], readable(reason), actor), "dismissed")
+
+    async def restore(self, task_id: str, actor: str | None = None) -> TaskRecord:
+        """Undoes it. Raises as `dismiss` does."""
+        return await self._settled(task_id, RestoreTasks([known_id(task_id)], actor), "restored")
+
+    async def _settled(self, task_id: str, command: DismissTasks | RestoreTasks, word: str) -> TaskRecord:
+        answer = await self._journal.obey(command)
+        record = await self.get(task_id)
+        if not answer.changed:
+            raise TaskStateError(task_id, record.status, word)
+        return record
+
+    async def count_matching(self, where: TaskFilter) -> tuple[int, bool]:
+        """How many tasks match, and whether that is all: where counts cannot tell, it is looked for, MOST_COUNTED at
+        most."""
+        if where.counted:
+            counts = [count for count in await self.counts() if where.counts(count)]
+            return sum(count.n for count in counts), True
+        found, cursor = 0, None
+        while found < MOST_COUNTED:
+            page = await self.page(where, cursor, BATCH)
+            found += len(page.tasks)
+            if (cursor := page.older) is None:
+                return found, True
+        return found, False
+
     async def _retry_each(self, task_ids: Sequence[str]) -> Retried:
-        new_ids: dict[str, str] = {}
-        for start in range(0, len(task_ids), RETRY_BATCH):
-            batch = task_ids[start : start + RETRY_BATCH]
-            answers = await asyncio.gather(*(self._try_retry(task_id) for task_id in batch))
-            new_ids |= {old: new for old, new in zip(batch, answers, strict=True) if new is not None}
+        answers = await asyncio.gather(*(self._try_retry(task_id) for task_id in task_ids))
+        new_ids = {old: new for old, new in zip(task_ids, answers, strict=True) if new is not None}
         return Retried(new_ids, len(task_ids) - len(new_ids))
 
     async def _try_retry(self, task_id: str) -> str | None:
@@ -620,6 +756,22 @@ def known_id(task_id: object) -> str:
         return key_text(task_id)
     except ValueError:
         raise TaskNotFound(readable(task_id)) from None
+
+
+def words_of(where: TaskFilter) -> str:
+    """A filter as the audit says it."""
+    parts = {field.name: getattr(where, field.name) for field in fields(where)}
+    return ", ".join(f"{name} {plain_words(value)}" for name, value in parts.items() if value not in (None, ()))
+
+
+def plain_words(value: object) -> str:
+    match value:
+        case datetime():
+            return value.isoformat(timespec="seconds")
+        case tuple():
+            return " ".join(map(plain_words, value))
+        case _:
+            return str(value)
 
 
 def new_id() -> str:

@@ -237,6 +237,21 @@ async def assert_counters_match_rows(backend: Backend, now: datetime) -> None:
     assert {key: round(count.seconds * 1e6) for key, count in counts.items() if count.seconds} == {
         key: value for key, value in seconds.items() if value
     }
+    await assert_groups_match_rows(backend)
+
+
+async def assert_groups_match_rows(backend: Backend) -> None:
+    """The groups of failures say what a recount says, too; and only what FAILED belongs to one."""
+    numbers: Counter[tuple[str, bool]] = Counter()
+    for record in await all_tasks(backend, limit=500):
+        assert record.error_key is None or record.status is TaskStatus.FAILED
+        assert record.error_key is not None or not record.dismissed or "broken" in (record.error or "")
+        if record.error_key is not None:
+            numbers[record.error_key, record.dismissed] += 1
+    for dismissed in (False, True):
+        groups = await backend.groups(dismissed=dismissed, before=None, limit=1_000)
+        found = {group.key: group.dismissed if dismissed else group.open for group in groups}
+        assert found == {key: n for (key, gone), n in numbers.items() if gone is dismissed}
 
 
 async def refuses(manager: TaskManager, function: Callable[..., Any]) -> bool:

@@ -9,6 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "app" / "taskflow"
 ORDER = [
     "texts",
+    "failures",
     "errors",
     "models",
     "clock",

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from app.taskflow import TaskStatus
 from app.taskflow.backends import open_backend
-from app.taskflow.backends.base import Claimed, Demand
+from app.taskflow.backends.base import Claimed, Demand, DismissTasks, RequeueTasks, RestoreTasks
 from app.taskflow.models import RETRYABLE, TRANSITIONS, EventKind
 
 from .helpers import IDLE, Bench, all_tasks, assert_counters_match_rows, make_draft
@@ -168,6 +168,28 @@ class Engine(RuleBasedStateMachine):
         answer = self.do(bench.requeue(task_id, max_attempts=3))
         assert bool(answer.changed) is (before in RETRYABLE)
         assert self.do(bench.status(task_id)) is (TaskStatus.PENDING if answer.changed else before)
+
+    @precondition(lambda self: self.requeue)
+    @rule(numbers=st.lists(PICKS, min_size=1, max_size=4), place=PLACES, back=st.booleans())
+    def dismiss(self, numbers: list[int], place: int, back: bool) -> None:
+        bench = self.bench(place)
+        ids = [self.pick(number) for number in numbers]
+        before = {task_id: self.do(bench.get(task_id)) for task_id in ids}
+        command = RestoreTasks(ids, "ada") if back else DismissTasks(ids, "seen", "ada")
+        answer = self.do(bench.obey(command))
+        can = {key for key, task in before.items() if task.status is TaskStatus.FAILED and task.dismissed is back}
+        assert set(answer.ids) == can
+        for task_id, task in before.items():
+            assert self.do(bench.get(task_id)).dismissed is (task.dismissed if task_id not in can else not back)
+
+    @precondition(lambda self: len(self.requeue) > len(self.owner))
+    @rule(numbers=st.lists(PICKS, min_size=1, max_size=4), place=PLACES)
+    def requeue_many(self, numbers: list[int], place: int) -> None:
+        bench = self.bench(place)
+        ids = [self.pick(len(self.owner) + number) for number in numbers]
+        before = {task_id: self.do(bench.status(task_id)) for task_id in ids}
+        answer = self.do(bench.obey(RequeueTasks(ids, {"job": 3})))
+        assert set(answer.ids) == {task_id for task_id, status in before.items() if status in RETRYABLE}
 
     @precondition(lambda self: self.owner)
     @rule(dead=PLACES, place=PLACES)

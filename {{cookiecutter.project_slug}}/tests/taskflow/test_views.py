@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from app.taskflow import failures
 from app.taskflow.models import TaskEvent, TaskFilter, TaskRecord, TaskStatus
 from app.taskflow.web import views
 from app.taskflow.web.views import Search, parse_search
@@ -288,19 +289,19 @@ app.billing.CardDeclined: insufficient funds
 
 
 def test_a_stacktrace_shows_the_teams_own_frames_first() -> None:
-    (frame,) = views.own_frames(TRACE, "/srv/shop/")
+    (frame,) = failures.own_frames(TRACE, "/srv/shop/")
     assert (frame.path, frame.line, frame.where, frame.code) == (
         "app/tasks.py",
         "41",
         "charge_card",
         "stripe.charge(order)",
     )
-    assert views.own_frames(None, "/") == []
+    assert failures.own_frames(None, "/") == []
 
 
 @pytest.mark.parametrize(("trace", "name"), [(TRACE, "CardDeclined"), ("KeyError\n", "KeyError"), (None, "")])
 def test_an_error_has_the_name_of_its_class(trace: str | None, name: str) -> None:
-    assert views.error_type(trace) == name
+    assert failures.error_type(trace) == name
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, Protocol
 
+from ..failures import Failure
 from ..models import (
     Count,
     Cursor,
+    ErrorGroup,
     EventKind,
     InstanceRecord,
     LogEntry,
@@ -30,7 +32,7 @@ from ..models import (
     TaskStatus,
 )
 
-KINDS = ("queue", "schedule", "revoked", "task", "event", "log")
+KINDS = ("queue", "schedule", "revoked", "failure", "task", "event", "log")
 """What is copied from one store to another, in the order in which it is: events and lines come behind their tasks."""
 AttemptId = tuple[str, int]
 """One attempt of one task: its task's id and its number, from 1. A process may run two attempts of a task at a time,
@@ -106,6 +108,8 @@ class Finish(NamedTuple):
     stacktrace: str | None = None
     excused: bool = False
     """True when this attempt does not count against the task's retries."""
+    failure: Failure | None = None
+    """When FAILED: what it has in common with others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,40 @@ class Requeue:
     task_id: str
     max_attempts: int
     actor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequeueTasks:
+    """The same of many tasks: those whose status allows it and whose name is in `attempts`. `note` stands in their
+    events, which name no actor: one entry of the audit is about all of them."""
+
+    task_ids: Sequence[str]
+    attempts: Mapping[str, int]
+    """Name -> max_attempts."""
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTasks:
+    task_ids: Sequence[str]
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DismissTasks:
+    """Somebody has seen to tasks that FAILED: they leave the dead letters, and nothing else changes."""
+
+    task_ids: Sequence[str]
+    reason: str | None = None
+    actor: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreTasks:
+    """Undo it."""
+
+    task_ids: Sequence[str]
+    actor: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +347,10 @@ class MoveScheduled:
 Command = (
     Cancel
     | Requeue
+    | RequeueTasks
+    | CancelTasks
+    | DismissTasks
+    | RestoreTasks
     | Rescue
     | DeclareQueues
     | EditQueue
@@ -343,6 +385,8 @@ class Answer:
     """Whether a limit left something undone."""
     marks: Mapping[str, Mark] = field(default_factory=dict)
     """The schedules that were declared or fired, as they are now; one that is not stored is missing."""
+    ids: Sequence[str] = ()
+    """Of a command about many tasks: those that it changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -542,6 +586,9 @@ class Backend(Protocol):
         self, before: datetime | None, after: tuple[datetime, str] | None, limit: int
     ) -> Sequence[ScheduledOnce]:
         """One-offs that wait, soonest first: due before a time, and behind a (fire_at, task_id), where given."""
+
+    async def groups(self, *, dismissed: bool, before: tuple[datetime, str] | None, limit: int) -> Sequence[ErrorGroup]:
+        """Groups of failures with open tasks, or with dismissed ones; the last to fail first, below (last_at, key)."""
 
     async def due(self, now: datetime) -> int:
         """Delayed tasks whose time has come; bounded by what one turn makes ready."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_args
 
+from ..failures import Failure
 from ..models import EventKind, ExecutorKind
 from ..texts import readable
 from .base import Claimed, LogLine, Moved, Progress, Purge
@@ -64,6 +65,8 @@ class StoredTask(NamedTuple):
     tags: str
     error: str | None
     trace: str | None
+    error_key: str | None = None
+    dismissed_at: int | None = None
     broken: Sequence[str] = ()
     """Columns in which something stands for what could not be read."""
     raw_id: bytes = b""
@@ -189,6 +192,21 @@ class Ending(NamedTuple):
     error: str | None
     stacktrace: str | None
     excused: int
+    error_key: str | None = None
+
+
+class Tally(NamedTuple):
+    """What a turn changes of a group of failures. Its description is there when a task joins it."""
+
+    error_key: str
+    name: str
+    error_type: str
+    message: str
+    frame: str
+    at: int | None
+    """When the newest of this turn failed; None where none did."""
+    open: int
+    dismissed: int
 
 
 class Update(NamedTuple):
@@ -279,6 +297,8 @@ class Changes:
     advances: list[Advance] = field(default_factory=list)
     revoked: list[tuple[str, int]] = field(default_factory=list)
     purges: list[Purge] = field(default_factory=list)
+    groups: dict[str, Tally] = field(default_factory=dict)
+    """Groups of failures by their key."""
     moved: list[Moved] = field(default_factory=list)
     """For those who listen, not for the store: it adds what it had to set aside."""
 
@@ -303,6 +323,24 @@ class Changes:
             self.counts[queue, name, before] -= 1
         if after is not None:
             self.counts[queue, name, after] += 1
+
+    def failed(self, name: str, failure: Failure, at: int) -> str:
+        """One more task of a group of failures, whose key this returns."""
+        known = self.groups.get(failure.key)
+        open_, dismissed = (known.open, known.dismissed) if known else (0, 0)
+        facts = (failure.error_type, failure.message, failure.frame)
+        self.groups[failure.key] = Tally(failure.key, name, *facts, at, open_ + 1, dismissed)
+        return failure.key
+
+    def regroup(self, error_key: str | None, *, open: int = 0, dismissed: int = 0) -> None:
+        """Tasks of a group that are counted otherwise from now on."""
+        if error_key is not None:
+            known = self.groups.get(error_key) or Tally(error_key, "", "", "", "", None, 0, 0)
+            self.groups[error_key] = known._replace(open=known.open + open, dismissed=known.dismissed + dismissed)
+
+    def leave(self, error_key: str | None, dismissed_at: int | None) -> None:
+        """A task that is no failure any more."""
+        self.regroup(error_key, open=-(dismissed_at is None), dismissed=-(dismissed_at is not None))
 
     def ran(self, queue: str, name: str, status: str, started_at: int | None, ended_at: int | None) -> None:
         """The time from a task's last start to its end counts under the status it ended with."""

@@ -24,12 +24,13 @@ TABLES: Mapping[str, sa.Table] = {
     "queue": tables.queue,
     "schedule": tables.schedule,
     "revoked": tables.revoked,
+    "failure": tables.failure,
     "task": tables.task,
     "event": tables.event,
     "log": tables.log,
 }
-REPLACED = ("queue", "schedule")
-"""Documents that a service declares when it starts: a target in which one did so gets what the source has."""
+REPLACED = ("queue", "schedule", "failure")
+"""Documents that a service declares when it starts, and sums: a target that has one gets what the source has."""
 COUNTED = [tables.task.c[name] for name in ("queue", "name", "status", "started_at", "finished_at")]
 AT_ONCE = {"insertmanyvalues_page_size": 50}
 """Rows of one statement. SQLite looks for each parameter among all of them: with more it takes ten times as long."""

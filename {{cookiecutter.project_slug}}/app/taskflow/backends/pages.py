@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from ..models import Cursor, TaskFilter, to_micros
-from .search import SEARCH_WINDOW
+from .search import SEARCH_WINDOW, walked_by
 from .stored import stored_names
-from .tables import WAITING, instance, schedule, task
+from .tables import WAITING, failure, instance, schedule, task
 
 HEAVY_COLUMNS = ("arguments", "stacktrace")
 """Columns that a list of tasks leaves out."""
@@ -51,14 +52,25 @@ def live_instances() -> sa.Select[Any]:
 LIVE_INSTANCES = live_instances()
 
 
+def groups_statement(dismissed: bool, before: tuple[datetime, str] | None, limit: int) -> sa.Select[Any]:
+    there = sa.text("dismissed > 0" if dismissed else "open > 0")
+    order = (failure.c.last_at.desc(), failure.c.error_key.desc())
+    statement = sa.select(failure).where(there).order_by(*order).limit(limit)
+    if before is not None:
+        place = sa.tuple_(sa.literal(to_micros(before[0])), sa.literal(before[1]))
+        statement = statement.where(sa.tuple_(failure.c.last_at, failure.c.error_key) < place)
+    return statement
+
+
 def page_statement(where: TaskFilter, before: Cursor | None, limit: int) -> sa.Select[Any]:
     """Newest first, below `before`. Each status is its own walk down its own index, merged at the end, so that the
     cost is that of the rows shown; what has no index is looked for among the newest SEARCH_WINDOW."""
-    columns = [column for column in task.c if column.name not in HEAVY_COLUMNS]
+    heavy = HEAVY_COLUMNS if where.arguments is None else ("stacktrace",)
+    columns = [column for column in task.c if column.name not in heavy]
     walk = sa.select(*columns).where(*indexed_conditions(where, before))
-    statuses = [stored for status in dict.fromkeys(where.statuses) for stored in stored_names(status)]
+    statuses = stored_statuses(where) if where.error_key is None else []
     branches = [walk.where(task.c.status == stored) for stored in statuses] or [walk]
-    scanned = scanned_conditions(where, len(statuses))
+    scanned = scanned_conditions(where)
     window = SEARCH_WINDOW if scanned else limit
     parts = [newest_first(branch, task.c, window) for branch in branches]
     merged = sa.union_all(*(sa.select(part.subquery()) for part in parts)).subquery()
@@ -79,13 +91,20 @@ def indexed_conditions(where: TaskFilter, before: Cursor | None) -> list[sa.Colu
         conditions.append(task.c.created_at >= to_micros(where.since))
     if where.until is not None:
         conditions.append(task.c.created_at <= to_micros(where.until))
-    if where.schedule is not None and not where.statuses:
-        conditions.append(task.c.schedule == where.schedule)
-    elif where.func_name is not None and not where.statuses:
-        conditions.append(task.c.name == where.func_name)
-    elif where.queue is not None and not where.statuses:
-        conditions.append(task.c.queue == where.queue)
+    match walked_by(where):
+        case "error_key":
+            conditions.append(task.c.error_key == where.error_key)
+        case "schedule":
+            conditions.append(task.c.schedule == where.schedule)
+        case "func_name":
+            conditions.append(task.c.name == where.func_name)
+        case "queue":
+            conditions.append(task.c.queue == where.queue)
     return conditions
+
+
+def stored_statuses(where: TaskFilter) -> list[str]:
+    return [stored for status in dict.fromkeys(where.statuses) for stored in stored_names(status)]
 
 
 def has_tag(key: str, value: str) -> Callable[[Any], sa.ColumnElement[bool]]:
@@ -97,20 +116,43 @@ def has_tag(key: str, value: str) -> Callable[[Any], sa.ColumnElement[bool]]:
     return lambda columns: sa.or_(*(sa.func.replace(columns.tags, pair, "") != columns.tags for pair in pairs))
 
 
-def scanned_conditions(where: TaskFilter, statuses: int) -> list[Callable[[Any], sa.ColumnElement[bool]]]:
+def scanned_conditions(where: TaskFilter) -> list[Callable[[Any], sa.ColumnElement[bool]]]:
+    """What the walk itself does not see to."""
     conditions: list[Callable[[Any], sa.ColumnElement[bool]]] = []
-    if where.schedule is not None and statuses:
-        conditions.append(lambda c: c.schedule == where.schedule)
-    if where.func_name is not None and (statuses or where.schedule is not None):
-        conditions.append(lambda c: c.name == where.func_name)
-    if where.queue is not None and (statuses or where.func_name is not None or where.schedule is not None):
-        conditions.append(lambda c: c.queue == where.queue)
+    walked = walked_by(where)
+    if where.statuses and walked != "statuses":
+        conditions.append(lambda c: c.status.in_(stored_statuses(where)))
+    for part, column in (("schedule", "schedule"), ("func_name", "name"), ("queue", "queue")):
+        if getattr(where, part) is not None and walked != part:
+            conditions.append(is_equal(column, getattr(where, part)))
     if where.source is not None:
-        conditions.append(lambda c: c.source == where.source)
+        conditions.append(is_equal("source", where.source))
+    if where.key is not None:
+        conditions.append(is_equal("idempotency_key", where.key))
+    if where.dismissed is not None:
+        conditions.append(lambda c: c.dismissed_at.is_not(None) if where.dismissed else c.dismissed_at.is_(None))
+    if where.attempts is not None:
+        sign, number = where.attempts
+        conditions.append(lambda c: {"<": c.attempt < number, "=": c.attempt == number, ">": c.attempt > number}[sign])
     for key, value in where.tags:
         conditions.append(has_tag(key, value))
-    if where.text is not None:
-        text = where.text
+    return conditions + words_conditions(where)
+
+
+def is_equal(column: str, value: str) -> Callable[[Any], sa.ColumnElement[bool]]:
+    return lambda columns: columns[column] == value
+
+
+def words_conditions(where: TaskFilter) -> list[Callable[[Any], sa.ColumnElement[bool]]]:
+    text, task_id, error, arguments = where.text, where.task_id, where.error, where.arguments
+    conditions: list[Callable[[Any], sa.ColumnElement[bool]]] = []
+    if task_id is not None:
+        conditions.append(lambda c: c.task_id.istartswith(task_id, autoescape=True))
+    if error is not None:
+        conditions.append(lambda c: c.error.icontains(error, autoescape=True))
+    if arguments is not None:
+        conditions.append(lambda c: c.arguments.icontains(json.dumps(arguments)[1:-1], autoescape=True))
+    if text is not None:
         conditions.append(
             lambda c: sa.or_(
                 c.name.icontains(text, autoescape=True),

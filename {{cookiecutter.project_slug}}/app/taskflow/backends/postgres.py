@@ -300,6 +300,8 @@ class PostgresBackend(SqlBackend):
             run(SQL["insert_events"], columns(Event._fields, changes.events))
         if tally := changes.tally():
             run(SQL["count"], {"part": me, **columns(TALLY, tally)})
+        for key in sorted(changes.groups):  # in one order everywhere: these rows are shared
+            run(SQL["regroup" if changes.groups[key].at is None else "group"], changes.groups[key]._asdict())
 
         def finish() -> Applied:
             for wish, cursor in claims:
@@ -356,13 +358,15 @@ class PostgresBackend(SqlBackend):
                 if ids and room:
                     room -= number(run(SQL[kind], {"ids": ids, "most": room}))
             gone = run(SQL["purge_tasks"], {"ids": ids[:room]}).fetchall() if ids and room else []
-            for queue, name, started_at, finished_at in gone:
+            for queue, name, started_at, finished_at, error_key, dismissed_at in gone:
                 changes.move(queue, name, status, None)
+                changes.leave(error_key, dismissed_at)
                 changes.ran(queue, name, status, finished_at, started_at)
             deleted += len(gone)
             room -= len(gone)
             if room <= 0 or len(ids) == PURGE_BATCH:
                 return deleted, True
+        run(SQL["purge_groups"], {"before": before})
         skips = number(run(SQL["purge_skips"], {"before": before, "most": room}))
         return deleted, skips == room
 

@@ -98,11 +98,12 @@ WITH ended AS (
     UPDATE taskflow_task AS task SET
         status = ended.status, run_at = coalesce(ended.run_at, task.run_at), finished_at = ended.finished_at,
         result = ended.result, error = ended.error, stacktrace = ended.stacktrace, excused = ended.excused,
-        cancel_requested = false
+        error_key = ended.error_key, cancel_requested = false
     FROM unnest(
         %(task_id)s::text[], %(attempt)s::int[], %(instance)s::text[], %(status)s::text[], %(run_at)s::bigint[],
-        %(finished_at)s::bigint[], %(result)s::text[], %(error)s::text[], %(stacktrace)s::text[], %(excused)s::int[]
-    ) AS ended (task_id, attempt, instance, status, run_at, finished_at, result, error, stacktrace, excused)
+        %(finished_at)s::bigint[], %(result)s::text[], %(error)s::text[], %(stacktrace)s::text[], %(excused)s::int[],
+        %(error_key)s::text[]
+    ) AS ended (task_id, attempt, instance, status, run_at, finished_at, result, error, stacktrace, excused, error_key)
     WHERE task.task_id = ended.task_id AND task.status || '' = 'running' AND task.attempt = ended.attempt
     AND task.instance = ended.instance AND NOT (task.cancel_requested AND ended.status IN ('pending', 'delayed'))
     RETURNING 1
@@ -174,6 +175,19 @@ SELECT %(part)s, * FROM unnest(%(queue)s::text[], %(name)s::text[], %(status)s::
 ON CONFLICT (part, queue, name, status)
 DO UPDATE SET n = taskflow_delta.n + excluded.n, micros = taskflow_delta.micros + excluded.micros
 
+-- name: group
+INSERT INTO taskflow_failure AS known (error_key, name, error_type, message, frame, first_at, last_at, open, dismissed)
+VALUES (%(error_key)s, %(name)s, %(error_type)s, %(message)s, %(frame)s, %(at)s, %(at)s, %(open)s, %(dismissed)s)
+ON CONFLICT (error_key) DO UPDATE SET
+    message = excluded.message, last_at = greatest(known.last_at, excluded.last_at), open = known.open + excluded.open,
+    dismissed = known.dismissed + excluded.dismissed
+
+-- name: regroup
+UPDATE taskflow_failure SET open = open + %(open)s, dismissed = dismissed + %(dismissed)s WHERE error_key = %(error_key)s
+
+-- name: purge_groups
+DELETE FROM taskflow_failure WHERE open <= 0 AND dismissed <= 0 AND last_at < %(before)s
+
 -- name: fold
 WITH gone AS (
     DELETE FROM taskflow_delta WHERE part NOT IN (SELECT instance_id FROM taskflow_instance)
@@ -229,7 +243,7 @@ WITH gone AS (
 SELECT count(*) FROM gone
 
 -- name: purge_tasks
-DELETE FROM taskflow_task WHERE task_id = ANY(%(ids)s) RETURNING queue, name, started_at, finished_at
+DELETE FROM taskflow_task WHERE task_id = ANY(%(ids)s) RETURNING queue, name, started_at, finished_at, error_key, dismissed_at
 
 -- name: purge_skips
 WITH gone AS (

@@ -12,7 +12,7 @@ local function key(...) return root .. table.concat({...}, ':') end
 local COLUMNS = {'name', 'queue', 'priority', 'executor', 'source', 'status', 'attempt', 'excused', 'crashes',
     'max_attempts', 'created_at', 'run_at', 'started_at', 'finished_at', 'instance', 'requeue', 'cancel_requested',
     'arguments', 'result', 'error', 'stacktrace', 'tags', 'progress', 'idempotency_key', 'retry_of', 'trace',
-    'schedule', 'run_key', 'revision', 'events'}
+    'schedule', 'run_key', 'revision', 'events', 'error_key', 'dismissed_at'}
 local MOST_EVENTS = 12     -- that are kept in the task itself; more go to a list of their own
 local FEED, AUDIT, SUBJECT = 100000, 1000000, 1000
 
@@ -28,7 +28,7 @@ local function load(id)
         tasks[id] = false
         if packed then
             local cells, task = cmsgpack.unpack(packed), {}
-            for place, column in ipairs(COLUMNS) do task[column] = cells[place] end
+            for place, column in ipairs(COLUMNS) do task[column] = cells[place] or false end
             tasks[id] = task
         end
     end
@@ -73,6 +73,7 @@ local function place(id, task)
     if task.schedule and (waits(task.status) or task.status == 'running') then
         redis.call('SADD', key('live', task.schedule), id)
     end
+    if task.error_key then redis.call('ZADD', key('error', task.error_key), number(task.created_at), id) end
 end
 
 local function unplace(id, task)
@@ -93,6 +94,7 @@ local function unplace(id, task)
         redis.call('ZREM', key('one_offs'), id)
     end
     if task.schedule then redis.call('SREM', key('live', task.schedule), id) end
+    if task.error_key then redis.call('ZREM', key('error', task.error_key), id) end
 end
 
 local function file(id, task)
@@ -119,6 +121,11 @@ local function change(id, task, values)
     place(id, task)
 end
 
+local function document(name, field)
+    local packed = redis.call('HGET', key(name), field)
+    return packed and cmsgpack.unpack(packed)
+end
+
 -- Books ----------------------------------------------------------------------------------------------------------
 
 local function count(queue, name, status, n, micros)
@@ -131,6 +138,33 @@ local function count(queue, name, status, n, micros)
         end
     end
     if micros and micros ~= 0 then redis.call('HINCRBY', key('micros'), field, number(micros)) end
+end
+
+local function list_group(error_key, group)
+    local kinds = {open = group.open > 0, dismissed = group.dismissed > 0}
+    kinds.empty = not (kinds.open or kinds.dismissed)
+    for kind, there in pairs(kinds) do
+        if there then
+            redis.call('ZADD', key('failures_' .. kind), number(group.last_at), error_key)
+        else
+            redis.call('ZREM', key('failures_' .. kind), error_key)
+        end
+    end
+end
+
+local function regroup(tally)
+    local group = document('failures', tally.error_key)
+    if not group and not tally.at then return end
+    group = group or {name = tally.name, error_type = tally.error_type, message = tally.message, frame = tally.frame,
+        first_at = tally.at, last_at = tally.at, open = 0, dismissed = 0}
+    if tally.at then
+        group.message = tally.message
+        group.last_at = math.max(group.last_at, tally.at)
+    end
+    group.open = group.open + tally.open
+    group.dismissed = group.dismissed + tally.dismissed
+    redis.call('HSET', key('failures'), tally.error_key, cmsgpack.pack(group))
+    list_group(tally.error_key, group)
 end
 
 local function total(queue, status)
@@ -171,11 +205,6 @@ local function tell(task_id, at, kind, attempt, instance, actor, detail)
         redis.call('LTRIM', key('events', task_id), -SUBJECT, -1)
         redis.call('SADD', key('subjects'), task_id)
     end
-end
-
-local function document(name, field)
-    local packed = redis.call('HGET', key(name), field)
-    return packed and cmsgpack.unpack(packed)
 end
 
 -- look -----------------------------------------------------------------------------------------------------------
@@ -271,7 +300,7 @@ end
 -- apply: the changes ---------------------------------------------------------------------------------------------
 
 local ENDING = {'task_id', 'attempt', 'instance', 'status', 'run_at', 'finished_at', 'result', 'error', 'stacktrace',
-    'excused'}
+    'excused', 'error_key'}
 local INSERT = {'name', 'queue', 'priority', 'executor', 'source', 'status', 'attempt', 'instance', 'started_at',
     'max_attempts', 'created_at', 'run_at', 'arguments', 'tags', 'requeue', 'idempotency_key', 'retry_of', 'trace',
     'schedule', 'run_key'}
@@ -321,6 +350,7 @@ local function write(me, changes)
         for _, pair in ipairs(changes.revoked) do redis.call('ZADD', key('revoked'), number(pair[2]), pair[1]) end
     end
     for _, row in ipairs(changes.counts) do count(unpack(row)) end
+    for _, tally in ipairs(changes.groups) do regroup(tally) end
     reserve(#changes.events)
     for _, event in ipairs(changes.events) do tell(unpack(event)) end
     for _, line in ipairs(changes.logs) do
@@ -377,6 +407,10 @@ local function forget(id, task)
     for _, event in ipairs(events) do  -- what people did to it stays
         if not event[6] then redis.call('XDEL', key('feed'), number(event[1]) .. '-0') end
     end
+    if task.error_key then
+        local dismissed = task.dismissed_at and 1 or 0
+        regroup({error_key = task.error_key, open = dismissed - 1, dismissed = -dismissed})
+    end
     unplace(id, task)
     unfile(id, task)
     redis.call('DEL', key('task', id), key('events', id), key('logs', id))
@@ -405,6 +439,10 @@ local function purge(before, limit)
             end
         end
         if #ids == 250 and deleted > 0 then return {deleted, true} end
+    end
+    for _, group in ipairs(redis.call('ZRANGEBYSCORE', key('failures_empty'), '-inf', '(' .. number(before))) do
+        redis.call('HDEL', key('failures'), group)
+        redis.call('ZREM', key('failures_empty'), group)
     end
     for _, subject in ipairs(redis.call('SMEMBERS', key('subjects'))) do
         local oldest = redis.call('LINDEX', key('events', subject), 0)
@@ -465,6 +503,11 @@ function take.queue(rows) return put_documents('queues', rows) end
 
 function take.schedule(rows) return put_documents('schedules', rows) end
 
+function take.failure(rows)
+    for _, row in ipairs(rows) do list_group(row[1], row[2]) end
+    return put_documents('failures', rows)
+end
+
 function take.revoked(rows)
     local added = 0
     for _, row in ipairs(rows) do added = added + redis.call('ZADD', key('revoked'), 'NX', number(row[2]), row[1]) end
@@ -476,7 +519,8 @@ function take.task(rows)
     for _, row in ipairs(rows) do
         local id, task = row[1], {revision = 1, events = {}}
         if not load(id) then
-            for at = 1, #COLUMNS - 2 do task[COLUMNS[at]] = row[at + 1] end
+            for at = 1, #COLUMNS - 4 do task[COLUMNS[at]] = row[at + 1] end
+            task.error_key, task.dismissed_at = row[#COLUMNS - 2], row[#COLUMNS - 1]
             tasks[id], changed[id] = task, true
             file(id, task)
             place(id, task)

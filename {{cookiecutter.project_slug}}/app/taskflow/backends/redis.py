@@ -34,6 +34,7 @@ from ..loops import Throttle, pause_after
 from ..models import (
     Count,
     Cursor,
+    ErrorGroup,
     InstanceRecord,
     LogEntry,
     QueueState,
@@ -61,6 +62,7 @@ from .redis_values import (
     applied_of,
     arguments_of,
     event_of,
+    group_row,
     index_names,
     level_of,
     light,
@@ -79,7 +81,7 @@ from .redis_values import (
     unknown_owner,
     unpacked,
 )
-from .rows import instance_of, log_of, one_off_of, page_of, pulse_of, record_of, schedule_of
+from .rows import group_of, instance_of, log_of, one_off_of, page_of, pulse_of, record_of, schedule_of
 from .search import SEARCH_WINDOW, Searches, is_search, matches
 from .stored import instance_row, merged_counts, queue_states
 
@@ -492,6 +494,26 @@ class RedisBackend:
             if len(rows) < limit:
                 break
         return [one_off_of(row) for row in await self._tasks(found[:limit])]
+
+    async def groups(self, *, dismissed: bool, before: tuple[datetime, str] | None, limit: int) -> Sequence[ErrorGroup]:
+        index = self.keys("failures_dismissed" if dismissed else "failures_open")
+        high = "+inf" if before is None else to_micros(before[0])
+        place = None if before is None else (to_micros(before[0]), before[1])
+        found: list[str] = []
+        offset = 0
+        with translated():
+            while len(found) < limit:
+                rows: Any = await self._reader.zrevrangebyscore(
+                    index, high, "-inf", start=offset, num=limit, withscores=True
+                )
+                offset += len(rows)
+                items = [(int(score), key.decode()) for key, score in rows]
+                found += [key for score, key in items if place is None or (score, key) < place]
+                if len(rows) < limit:
+                    break
+            values: Any = await self._reader.hmget(self.keys("failures"), found[:limit]) if found else []
+        rows = [group_row(key, value) for key, value in zip(found[:limit], values, strict=True) if value is not None]
+        return [group_of(row) for row in rows]
 
     async def due(self, now: datetime) -> int:
         with translated():

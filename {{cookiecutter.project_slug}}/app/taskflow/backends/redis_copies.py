@@ -18,15 +18,20 @@ from redis.asyncio import Redis
 from . import tables
 from .base import Batch
 from .redis_keys import COLUMNS, Keys
-from .redis_values import STATUSES, cell, document, line_row, schedule_row, task_row, texts, unpacked
+from .redis_values import STATUSES, cell, document, group_row, line_row, schedule_row, task_row, texts, unpacked
 from .stored import LINE
 
 Row = dict[str, Any]
 
-TABLES: Mapping[str, sa.Table] = {"queue": tables.queue, "schedule": tables.schedule, "task": tables.task}
+TABLES: Mapping[str, sa.Table] = {
+    "queue": tables.queue,
+    "schedule": tables.schedule,
+    "failure": tables.failure,
+    "task": tables.task,
+}
 EVENT = ("seq", "at", "kind", "attempt", "instance", "actor", "detail")
 """The cells of a packed event."""
-TASK = ("task_id", *COLUMNS[:-2])
+TASK = ("task_id", *COLUMNS[:-4], *COLUMNS[-2:])
 AT_ONCE = 200
 """Tasks whose events or lines are asked for together."""
 
@@ -39,7 +44,7 @@ class Reader:
     async def read(self, kind: str, after: str, limit: int) -> Batch:
         """See `Backend.dump`."""
         match kind:
-            case "queue" | "schedule":
+            case "queue" | "schedule" | "failure":
                 return await self._documents(kind)
             case "revoked":
                 return await self._revoked(int(after or 0), limit)
@@ -161,6 +166,8 @@ def flags_of(kind: str) -> list[str]:
 def named(kind: str, name: bytes, value: bytes) -> Row:
     if kind == "schedule":
         return row_of(kind, schedule_row(name, value))
+    if kind == "failure":
+        return row_of(kind, group_row(name.decode(), value))
     return row_of(kind, SimpleNamespace(**{"version": 0, **document(value), "name": name.decode()}))
 
 
@@ -188,14 +195,15 @@ def cells_of(row: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     return [int(row[name]) if isinstance(row[name], bool) else row[name] for name in names]
 
 
-def document_of(row: Mapping[str, Any]) -> list[Any]:
-    names = [name for name in row if name != "name"]
-    return [row["name"], dict(zip(names, cells_of(row, names), strict=True))]
+def document_of(row: Mapping[str, Any], key: str = "name") -> list[Any]:
+    names = [name for name in row if name != key]
+    return [row[key], dict(zip(names, cells_of(row, names), strict=True))]
 
 
 FORMS: Mapping[str, Any] = {
     "queue": document_of,
     "schedule": document_of,
+    "failure": lambda row: document_of(row, "error_key"),
     "revoked": lambda row: [row["session_id"], row["expires_at"]],
     "task": lambda row: cells_of(row, TASK),
     "event": lambda row: [row["task_id"], cells_of(row, EVENT)],

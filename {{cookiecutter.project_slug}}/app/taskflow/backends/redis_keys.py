@@ -5,6 +5,9 @@
 - `subjects`: set, what such events are about that are of no task
 - `logs:<id>`: stream, its log lines by their number
 - `status:<status>`, `name:<name>`, `queue:<queue>`, `schedule:<name>`: sorted sets, ids by the time they were added
+- `error:<error_key>`: sorted set, ids of failures of one group by the time they were added
+- `failures`: hash, error_key -> packed map; `failures_open`, `failures_dismissed`, `failures_empty`: sorted sets,
+  those that have such tasks, or none, by the time of the last
 - `ready:<queue>:<name>`: sorted set, what may start now; its members sort by priority, time and id
 - `due`: sorted set, ids by the time at which they become ready
 - `running:<instance>`, `stopping:<instance>`, `runners`: sets, what an instance runs and is to stop; who runs anything
@@ -53,8 +56,10 @@ COLUMNS = (
     "run_key",
     "revision",
     "events",
+    "error_key",
+    "dismissed_at",
 )
-"""Of a packed task, in their order; `redis.lua` has the same."""
+"""Of a packed task, in their order; `redis.lua` has the same. One that was packed by older code has fewer."""
 
 
 class Keys:

@@ -61,8 +61,10 @@ def cell(value: Any) -> Any:
 
 def task_row(task_id: str, value: Any) -> SimpleNamespace:
     """A task with the attributes of an SQL row, and its newest events."""
-    *cells, events = unpacked(value)
-    return SimpleNamespace(task_id=task_id, events=events, **dict(zip(COLUMNS[:-1], map(cell, cells), strict=True)))
+    cells: list[Any] = unpacked(value)
+    stored = dict(zip(COLUMNS, [*cells, *[False] * (len(COLUMNS) - len(cells))], strict=True))
+    events = stored.pop("events")
+    return SimpleNamespace(task_id=task_id, events=events, **{name: cell(found) for name, found in stored.items()})
 
 
 FACTS = StoredTask._fields[1:-3]
@@ -83,6 +85,10 @@ def stored_queue(name: bytes, value: bytes) -> StoredQueue:
     known = document(value)
     columns: dict[str, Any] = {column: known.get(column) for column in StoredQueue._fields}
     return StoredQueue(**{**columns, "name": name.decode(), "paused": bool(columns["paused"])})
+
+
+def group_row(error_key: str, value: bytes) -> SimpleNamespace:
+    return SimpleNamespace(**document(value), error_key=error_key)
 
 
 def schedule_row(name: bytes, value: bytes) -> SimpleNamespace:
@@ -163,6 +169,7 @@ def arguments_of(changes: Changes) -> dict[str, Any]:
         "schedules": [(name, flags(values)) for name, values in changes.schedules],
         "revoked": changes.revoked,
         "counts": changes.tally(),
+        "groups": [changes.groups[key]._asdict() for key in sorted(changes.groups)],
         "events": changes.events,
         "logs": [log_row(line) for line in changes.logs],
         "wishes": [wish._asdict() for wish in changes.wishes],
@@ -177,6 +184,8 @@ def applied_of(answer: Any) -> Applied:
 
 def index_names(where: TaskFilter) -> list[str]:
     """The sorted sets that together hold what a filter can find."""
+    if where.error_key is not None:
+        return [f"error:{where.error_key}"]
     if where.statuses:
         names = [stored for status in dict.fromkeys(where.statuses) for stored in stored_names(status)]
     elif where.schedule is not None:

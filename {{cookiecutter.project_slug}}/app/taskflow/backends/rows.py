@@ -14,6 +14,7 @@ from sqlalchemy.engine import Row
 from ..models import (
     DELAYED,
     Cursor,
+    ErrorGroup,
     InstanceRecord,
     LogEntry,
     ScheduledOnce,
@@ -90,6 +91,8 @@ def record_of(stored: Row[Any] | SimpleNamespace) -> TaskRecord:
         retry_of=row.retry_of,
         schedule=row.schedule,
         run_key=row.run_key,
+        error_key=row.error_key,
+        dismissed=row.dismissed_at is not None,
     )
 
 
@@ -125,6 +128,21 @@ def one_off_of(stored: Row[Any] | SimpleNamespace) -> ScheduledOnce:
         priority=row.priority,
         tags=loads_object(row.tags),
         created_at=from_micros(row.created_at),
+    )
+
+
+def group_of(stored: Row[Any] | SimpleNamespace) -> ErrorGroup:
+    row, _ = mended(stored)
+    return ErrorGroup(
+        key=row.error_key,
+        func_name=row.name,
+        error_type=row.error_type,
+        message=row.message,
+        frame=row.frame,
+        first_at=from_micros(row.first_at),
+        last_at=from_micros(row.last_at),
+        open=row.open,
+        dismissed=row.dismissed,
     )
 
 

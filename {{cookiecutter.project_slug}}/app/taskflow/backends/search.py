@@ -38,10 +38,24 @@ class Searches:
             self._number -= 1
 
 
+def walked_by(where: TaskFilter) -> str:
+    """The part of a filter whose index is walked; "" where all tasks are."""
+    parts = (
+        ("error_key", where.error_key),
+        ("statuses", where.statuses or None),
+        ("schedule", where.schedule),
+        ("func_name", where.func_name),
+        ("queue", where.queue),
+    )
+    return next((name for name, value in parts if value is not None), "")
+
+
 def is_search(where: TaskFilter) -> bool:
     """Whether it has to look through tasks that it does not show."""
-    named = (bool(where.statuses), where.schedule is not None, where.func_name is not None, where.queue is not None)
-    return sum(named) > 1 or where.source is not None or bool(where.tags) or where.text is not None
+    named = (where.error_key, where.statuses or None, where.schedule, where.func_name, where.queue)
+    looked_for = (where.source, where.tags or None, where.text, where.dismissed, where.task_id, where.key, where.error)
+    others = (*looked_for, where.arguments, where.attempts)
+    return sum(part is not None for part in named) > 1 or any(part is not None for part in others)
 
 
 def matches(where: TaskFilter, row: Any) -> bool:
@@ -56,11 +70,23 @@ def _parts(where: TaskFilter, row: Any) -> Iterator[bool]:
         (where.func_name, row.name),
         (where.queue, row.queue),
         (where.source, row.source),
+        (where.error_key, row.error_key),
+        (where.key, row.idempotency_key),
+        (where.dismissed, row.dismissed_at is not None),
     ):
         yield wanted is None or wanted == found
+    if where.attempts is not None:
+        sign, number = where.attempts
+        yield {"<": row.attempt < number, "=": row.attempt == number, ">": row.attempt > number}[sign]
     if where.tags:
         tags = loads_object(row.tags)
         yield all(_has_tag(tags, f"{key}:{value}") for key, value in where.tags)
+    if where.task_id is not None:
+        yield row.task_id.lower().startswith(where.task_id.lower())
+    if where.error is not None:
+        yield where.error.lower() in (row.error or "").lower()
+    if where.arguments is not None:
+        yield json.dumps(where.arguments.lower())[1:-1] in (row.arguments or "").lower()
     if where.text is not None:
         yield _has_words(where.text.lower(), row)
 

@@ -25,6 +25,7 @@ from ..models import (
     DELAYED,
     Count,
     Cursor,
+    ErrorGroup,
     InstanceRecord,
     LogEntry,
     QueueState,
@@ -42,7 +43,7 @@ from .base import AttemptId, Batch, Beat, Instance, Pulse, Turn, TurnResult
 from .cells import mended
 from .changes import STAGE_BATCH, Applied, Stale
 from .pages import has_status, page_statement
-from .rows import event_of, instance_of, log_of, one_off_of, page_of, pulse_of, record_of, schedule_of
+from .rows import event_of, group_of, instance_of, log_of, one_off_of, page_of, pulse_of, record_of, schedule_of
 from .search import Searches, is_search
 from .stored import instance_row, merged_counts, queue_states
 from .tables import counter, event, log, revoked, task
@@ -305,6 +306,11 @@ class SqlBackend:
             statement = statement.where(sa.tuple_(task.c.run_at, task.c.task_id) > place)
         rows = await self._read(lambda connection: connection.execute(statement).all())
         return [one_off_of(row) for row in rows]
+
+    async def groups(self, *, dismissed: bool, before: tuple[datetime, str] | None, limit: int) -> Sequence[ErrorGroup]:
+        statement = pages.groups_statement(dismissed, before, limit)
+        rows = await self._read(lambda connection: connection.execute(statement).all())
+        return [group_of(row) for row in rows]
 
     async def due(self, now: datetime) -> int:
         ahead = sa.select(task.c.task_id).where(has_status(DELAYED), task.c.run_at <= to_micros(now)).limit(STAGE_BATCH)

@@ -57,10 +57,11 @@ ON CONFLICT (task_id) DO NOTHING
 UPDATE taskflow_task AS task SET
     status = ended.status, run_at = coalesce(ended.run_at, task.run_at), finished_at = ended.finished_at,
     result = ended.result, error = ended.error, stacktrace = ended.stacktrace, excused = ended.excused,
-    cancel_requested = 0
+    error_key = ended.error_key, cancel_requested = 0
 FROM (
     SELECT column1 AS task_id, column2 AS attempt, column3 AS instance, column4 AS status, column5 AS run_at,
-        column6 AS finished_at, column7 AS result, column8 AS error, column9 AS stacktrace, column10 AS excused
+        column6 AS finished_at, column7 AS result, column8 AS error, column9 AS stacktrace, column10 AS excused,
+        column11 AS error_key
     FROM (VALUES {rows}) WHERE column1 IS NOT NULL
 ) AS ended
 WHERE task.task_id = ended.task_id AND task.status || '' = 'running' AND task.attempt = ended.attempt
@@ -117,6 +118,19 @@ INSERT INTO taskflow_counter (queue, name, status, n, micros)
 SELECT * FROM (VALUES {rows}) WHERE column1 IS NOT NULL
 ON CONFLICT (queue, name, status) DO UPDATE SET n = n + excluded.n, micros = micros + excluded.micros
 
+-- name: group
+INSERT INTO taskflow_failure (error_key, name, error_type, message, frame, first_at, last_at, open, dismissed)
+VALUES (:error_key, :name, :error_type, :message, :frame, :at, :at, :open, :dismissed)
+ON CONFLICT (error_key) DO UPDATE SET
+    message = excluded.message, last_at = max(last_at, excluded.last_at), open = open + excluded.open,
+    dismissed = dismissed + excluded.dismissed
+
+-- name: regroup
+UPDATE taskflow_failure SET open = open + :open, dismissed = dismissed + :dismissed WHERE error_key = :error_key
+
+-- name: purge_groups
+DELETE FROM taskflow_failure WHERE open <= 0 AND dismissed <= 0 AND last_at < :before
+
 -- name: queue_version
 UPDATE taskflow_queue SET version = (SELECT max(version) + 1 FROM taskflow_queue)
 
@@ -148,11 +162,11 @@ DELETE FROM taskflow_event WHERE seq IN
 
 -- name: purge_tasks
 DELETE FROM taskflow_task WHERE task_id IN (SELECT value FROM json_each(:ids))
-RETURNING queue, name, started_at, finished_at
+RETURNING queue, name, started_at, finished_at, error_key, dismissed_at
 
 -- name: purge_damaged
 DELETE FROM taskflow_task WHERE status = :status AND CAST(task_id AS BLOB) = :raw_id
-RETURNING queue, name, started_at, finished_at
+RETURNING queue, name, started_at, finished_at, error_key, dismissed_at
 
 -- name: purge_skips
 DELETE FROM taskflow_event WHERE seq IN

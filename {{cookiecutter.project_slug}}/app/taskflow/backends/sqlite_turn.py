@@ -31,6 +31,7 @@ from .changes import (
     Snapshot,
     Stale,
     StoredTask,
+    Tally,
     Wants,
     Wish,
 )
@@ -210,7 +211,13 @@ def apply(cursor: sqlite3.Cursor, changes: Changes) -> Applied:
         INSERT_EVENTS.run(cursor, changes.events)
     if tally := changes.tally():
         COUNT.run(cursor, tally)
+    for key in sorted(changes.groups):
+        _regroup(cursor, changes.groups[key])
     return applied
+
+
+def _regroup(cursor: sqlite3.Cursor, tally: Tally) -> None:
+    run(cursor, SQL["regroup" if tally.at is None else "group"], tally._asdict())
 
 
 def _update(cursor: sqlite3.Cursor, row: StoredTask, values: Mapping[str, Any]) -> None:
@@ -338,13 +345,16 @@ def _purge(cursor: sqlite3.Cursor, purge: Purge, changes: Changes) -> tuple[int,
         gone = run(cursor, SQL["purge_tasks"], {"ids": json.dumps(ids[:room])}).fetchall() if ids and room else []
         for damaged in (task_id for (task_id,) in old if not is_sound("task_id", task_id)):
             gone += run(cursor, SQL["purge_damaged"], {"status": status, "raw_id": raw(damaged)}).fetchall()
-        for queue, name, started_at, finished_at in gone:
+        for queue, name, started_at, finished_at, error_key, dismissed_at in gone:
             changes.move(words(queue), words(name), status, None)
+            if isinstance(error_key, str):
+                changes.leave(error_key, dismissed_at)
             if is_sound("at", started_at) and is_sound("at", finished_at):
                 changes.ran(words(queue), words(name), status, finished_at, started_at)
         deleted += len(gone)
         room -= len(gone)
         if room <= 0 or len(old) == PURGE_BATCH:
             return deleted, True
+    run(cursor, SQL["purge_groups"], {"before": before})
     skips = run(cursor, SQL["purge_skips"], {"before": before, "most": room}).rowcount
     return deleted, skips == room

@@ -26,7 +26,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.schema import CreateIndex
 from sqlmodel import Field, SQLModel
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 class Row(SQLModel):
@@ -70,6 +70,9 @@ class TaskRow(Row, table=True):
     """The schedule of which it is a run."""
     run_key: str | None = None
     """The replaceable key of a one-off."""
+    error_key: str | None = None
+    """The group of failures that it belongs to, once it FAILED."""
+    dismissed_at: int | None = Field(default=None, sa_type=BigInteger)
 
 
 class EventRow(Row, table=True):
@@ -112,6 +115,22 @@ class CounterRow(Row, table=True):
     n: int = Field(default=0, sa_type=BigInteger)
     micros: int = Field(default=0, sa_type=BigInteger)
     """Microseconds that the counted tasks ran."""
+
+
+class FailureRow(Row, table=True):
+    """Groups of tasks that FAILED for one cause, and how many there are, kept in the transactions that change them."""
+
+    __tablename__ = "taskflow_failure"
+
+    error_key: str = Field(primary_key=True)
+    name: str
+    error_type: str
+    message: str = Field(sa_type=Text)
+    frame: str
+    first_at: int = Field(sa_type=BigInteger)
+    last_at: int = Field(sa_type=BigInteger)
+    open: int = Field(default=0, sa_type=BigInteger)
+    dismissed: int = Field(default=0, sa_type=BigInteger)
 
 
 class QueueRow(Row, table=True):
@@ -187,6 +206,7 @@ task = TaskRow.__table__  # type: ignore[attr-defined]
 event = EventRow.__table__  # type: ignore[attr-defined]
 log = LogRow.__table__  # type: ignore[attr-defined]
 counter = CounterRow.__table__  # type: ignore[attr-defined]
+failure = FailureRow.__table__  # type: ignore[attr-defined]
 queue = QueueRow.__table__  # type: ignore[attr-defined]
 schedule = ScheduleRow.__table__  # type: ignore[attr-defined]
 instance = InstanceRow.__table__  # type: ignore[attr-defined]
@@ -242,6 +262,12 @@ one_offs_index = Index(
 )
 skips_index = Index("taskflow_skips", event.c.at, **_where("kind = 'tick_skipped'"))
 
+by_error_index = Index(
+    "taskflow_by_error", task.c.error_key, task.c.created_at, task.c.task_id, **_where("error_key IS NOT NULL")
+)
+Index("taskflow_open_failures", failure.c.last_at, failure.c.error_key, **_where("open > 0"))
+Index("taskflow_dismissed_failures", failure.c.last_at, failure.c.error_key, **_where("dismissed > 0"))
+
 Step = Callable[[Connection], object]
 
 
@@ -285,5 +311,6 @@ STEPS: Mapping[int, Sequence[Step]] = {
         *map(add_index, (runs_index, live_runs_index, run_key_index, one_offs_index, skips_index)),
     ),
     4: (drop_index("taskflow_ready"), add_index(claim_index)),
+    5: (add_column(task.c.error_key), add_column(task.c.dismissed_at), add_index(by_error_index)),
 }
 """Schema version -> what brings an older schema to it; each may run twice. New tables come by themselves."""

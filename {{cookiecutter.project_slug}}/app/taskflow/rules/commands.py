@@ -6,16 +6,18 @@ Owns how each command changes tasks and queues; what it does to schedules is `ti
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..backends.base import (
     Answer,
     Cancel,
     CancelScheduled,
+    CancelTasks,
     Command,
     DeclareQueues,
     DeclareSchedules,
+    DismissTasks,
     EditQueue,
     EditSchedule,
     Fire,
@@ -24,13 +26,16 @@ from ..backends.base import (
     Note,
     Purge,
     Requeue,
+    RequeueTasks,
     Rescue,
+    RestoreTasks,
     Revoke,
     RunSchedule,
     Supersede,
 )
 from ..backends.changes import StoredQueue, StoredTask
 from ..backends.stored import WAITS, broken_words, dumps_object, micros, moment, shown_status, stored_pending
+from ..failures import failure_of
 from ..models import DELAYED, RETRYABLE, EventKind, QueueConfig, TaskStatus, from_micros, to_micros
 from ..texts import HERE_ONLY, fields_text
 from . import timetable
@@ -46,6 +51,14 @@ def obey(work: Work, command: Command) -> Answer:
             return _cancel(work, task_id, actor)
         case Requeue(task_id, max_attempts, actor):
             return _retry(work, task_id, max_attempts, actor)
+        case RequeueTasks(task_ids, attempts, note):
+            return _many(task_ids, lambda task_id: _retry_known(work, task_id, attempts, note))
+        case CancelTasks(task_ids, note):
+            return _many(task_ids, lambda task_id: _cancel(work, task_id, None, note).changed)
+        case DismissTasks(task_ids, reason, actor):
+            return _many(task_ids, lambda task_id: _dismiss(work, task_id, reason, actor))
+        case RestoreTasks(task_ids, actor):
+            return _many(task_ids, lambda task_id: _restore(work, task_id, actor))
         case Rescue(stamps):
             return _rescue(work, stamps)
         case DeclareQueues(queues):
@@ -80,26 +93,28 @@ def obey(work: Work, command: Command) -> Answer:
 # -- one task
 
 
-def _cancel(work: Work, task_id: str, actor: str | None) -> Answer:
+def _cancel(work: Work, task_id: str, actor: str | None, note: str | None = None) -> Answer:
     row = work.task(task_id)
     if row is None:
         return Answer()
     status = shown_status(row.status)
     if status is TaskStatus.PENDING:
-        _withdraw(work, row, actor)
+        _withdraw(work, row, actor, note=note)
     elif status is TaskStatus.RUNNING:
         work.put(row, cancel_requested=True)
         if row.instance == work.turn.instance:
             work.stopping.append((task_id, row.attempt))
-        work.changes.event(EventKind.CANCEL_REQUESTED, task_id, row.attempt, actor=actor)
+        work.changes.event(EventKind.CANCEL_REQUESTED, task_id, row.attempt, actor=actor, detail=note)
     return Answer(before=status, changed=int(not status.terminal))
 
 
-def _withdraw(work: Work, row: StoredTask, actor: str | None, reason: str | None = None) -> None:
+def _withdraw(
+    work: Work, row: StoredTask, actor: str | None, reason: str | None = None, note: str | None = None
+) -> None:
     """Cancels a task that waits."""
     cancelled = TaskStatus.CANCELLED
     work.put(row, status=cancelled.value, finished_at=work.now, error=reason or row.error)
-    work.changes.event(EventKind.CANCELLED, row.task_id, actor=actor, detail=reason)
+    work.changes.event(EventKind.CANCELLED, row.task_id, actor=actor, detail=reason or note)
     work.changes.move(row.queue, row.name, row.status, cancelled.value)
     work.changes.ran(row.queue, row.name, cancelled.value, row.started_at, work.now)
     work.moved(row, cancelled, error=reason)
@@ -115,6 +130,39 @@ def _retry(work: Work, task_id: str, max_attempts: int, actor: str | None) -> An
     return Answer(before=before, changed=int(before in RETRYABLE))
 
 
+def _retry_known(work: Work, task_id: str, attempts: Mapping[str, int], note: str | None) -> int:
+    row = work.task(task_id)
+    if row is None or row.name not in attempts or shown_status(row.status) not in RETRYABLE:
+        return 0
+    requeue(work, row, attempts[row.name], None, note=note)
+    return 1
+
+
+def _dismiss(work: Work, task_id: str, reason: str | None, actor: str | None) -> int:
+    row = work.task(task_id)
+    if row is None or row.status != TaskStatus.FAILED or row.dismissed_at is not None:
+        return 0
+    work.put(row, dismissed_at=work.now)
+    work.changes.regroup(row.error_key, open=-1, dismissed=1)
+    work.changes.event(EventKind.DISMISSED, task_id, actor=actor, detail=reason)
+    return 1
+
+
+def _restore(work: Work, task_id: str, actor: str | None) -> int:
+    row = work.task(task_id)
+    if row is None or row.dismissed_at is None:
+        return 0
+    work.put(row, dismissed_at=None)
+    work.changes.regroup(row.error_key, open=1, dismissed=-1)
+    work.changes.event(EventKind.RESTORED, task_id, actor=actor)
+    return 1
+
+
+def _many(task_ids: Sequence[str], act: Callable[[str], int]) -> Answer:
+    changed = [task_id for task_id in dict.fromkeys(task_ids) if act(task_id)]
+    return Answer(changed=len(changed), ids=changed)
+
+
 def requeue(
     work: Work,
     row: StoredTask,
@@ -122,6 +170,7 @@ def requeue(
     actor: str | None,
     run_at: int | None = None,
     queue: str | None = None,
+    note: str | None = None,
     **values: object,
 ) -> None:
     """Makes an ended task wait again, as if it were new. `queue` is another one that it goes to."""
@@ -139,10 +188,13 @@ def requeue(
         error=None,
         stacktrace=None,
         cancel_requested=False,
+        error_key=None,
+        dismissed_at=None,
         queue=queue,
         **values,
     )
-    work.changes.event(EventKind.REQUEUED, row.task_id, actor=actor)
+    work.changes.leave(row.error_key, row.dismissed_at)
+    work.changes.event(EventKind.REQUEUED, row.task_id, actor=actor, detail=note)
     work.changes.move(row.queue, row.name, row.status, None)
     work.changes.move(queue, row.name, None, status)
     work.changes.ran(row.queue, row.name, row.status, row.finished_at, row.started_at)  # takes back what it counted
@@ -223,7 +275,7 @@ def _rescue(work: Work, stamps: Mapping[str, int]) -> Answer:
 
 
 def _rescue_task(work: Work, row: StoredTask) -> None:
-    crashes, error = row.crashes + 1, None
+    crashes, error, error_key = row.crashes + 1, None, None
     if row.cancel_requested:
         kind, status, error = EventKind.CANCELLED, TaskStatus.CANCELLED, "cancelled by an operator"
     elif not row.requeue:
@@ -231,6 +283,7 @@ def _rescue_task(work: Work, row: StoredTask) -> None:
     elif crashes >= CRASH_BUDGET:
         kind, status = EventKind.FAILED, TaskStatus.FAILED
         error = f"crash_loop: its process died {crashes} times while it ran"
+        error_key = work.changes.failed(row.name, failure_of(row.name, error, None), work.now)
     else:
         kind, status = EventKind.RESCUED, TaskStatus.PENDING
     work.put(
@@ -239,6 +292,7 @@ def _rescue_task(work: Work, row: StoredTask) -> None:
         crashes=crashes,
         excused=row.excused + 1,
         error=error,
+        error_key=error_key,
         run_at=row.run_at if status.terminal else work.now,
         finished_at=work.now if status.terminal else None,
         cancel_requested=False,

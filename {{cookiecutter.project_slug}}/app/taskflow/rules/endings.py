@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..backends.base import AttemptId, Finish
 from ..backends.changes import Ending
 from ..backends.stored import WAITS, micros, stored_pending
+from ..failures import failure_of
 from ..models import EventKind, TaskStatus, to_micros
 from .work import Work
 
@@ -30,6 +31,11 @@ def end(work: Work, finishes: Sequence[Finish]) -> Ended:
             work.changes.event(EventKind.LEASE_LOST, task.task_id, task.attempt, detail=words)
             ended.refused.add(task.attempt_id)
     return ended
+
+
+def _group(work: Work, finish: Finish) -> str:
+    failure = finish.failure or failure_of(finish.task.name, finish.error, finish.stacktrace)
+    return work.changes.failed(finish.task.name, failure, to_micros(finish.at))
 
 
 def holds(work: Work, finish: Finish) -> bool:
@@ -60,6 +66,7 @@ def _end(work: Work, finish: Finish, ended: Ended) -> None:
         finish.error,
         finish.stacktrace,
         task.excused + finish.excused,
+        _group(work, finish) if status == TaskStatus.FAILED else None,
     )
     changes.endings.append(ending)
     changes.event(kind, task.task_id, task.attempt, at=ended_at, detail=finish.error)

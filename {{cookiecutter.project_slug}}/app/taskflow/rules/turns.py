@@ -14,14 +14,18 @@ from ..backends.base import (
     Answer,
     Cancel,
     CancelScheduled,
+    CancelTasks,
     Claimed,
     DeclareSchedules,
+    DismissTasks,
     EditSchedule,
     Fire,
     MoveScheduled,
     Purge,
     Requeue,
+    RequeueTasks,
     Rescue,
+    RestoreTasks,
     RunSchedule,
     Supersede,
     Turn,
@@ -51,6 +55,8 @@ def wants(turn: Turn, *, careful: bool) -> Wants:
         match command:
             case Cancel(task_id) | Requeue(task_id):
                 seen.tasks.append(task_id)
+            case RequeueTasks(ids) | CancelTasks(ids) | DismissTasks(ids) | RestoreTasks(ids):
+                seen.tasks += ids
             case Rescue(stamps):
                 seen.stamps |= stamps
             case Supersede(draft):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from .. import failures
+from ..failures import masked
 from ..models import RETRYABLE, EventKind, TaskEvent, TaskFilter, TaskRecord, TaskStatus
 
 GLYPHS: Mapping[str, str] = {
@@ -300,8 +302,7 @@ def short_id(task_id: str) -> str:
 
 
 def first_line(text: str | None, limit: int = 120) -> str:
-    line = (text or "").strip().partition("\n")[0]
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return failures.first_line(text, limit)
 
 
 def event_detail(event: TaskEvent) -> str:
@@ -417,44 +418,6 @@ def problems(tasks: Iterable[TaskRecord], limit: int) -> list[Problem]:
         for group in groups.values()
     ]
     return sorted(found, key=lambda problem: (-problem.n, -problem.newest.created_at.timestamp()))[:limit]
-
-
-def masked(message: str) -> str:
-    return re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|0x[0-9a-f]+|\d+", "#", message, flags=re.IGNORECASE)
-
-
-FRAME = re.compile(r'  File "(?P<path>[^"]+)", line (?P<line>\d+)(?:, in (?P<where>.+))?')
-FOREIGN = ("site-packages", "/lib/python", "/taskflow/", "<frozen", "<string>")
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    path: str
-    line: str
-    where: str
-    code: str
-
-
-def own_frames(stacktrace: str | None, root: str) -> Sequence[Frame]:
-    """The frames of the team's own code, the innermost first; paths below `root` without it."""
-    lines = (stacktrace or "").splitlines()
-    frames = []
-    for index, text in enumerate(lines):
-        match = FRAME.fullmatch(text)
-        if match and not any(part in match["path"].replace("\\", "/") for part in FOREIGN):
-            code = lines[index + 1].strip() if index + 1 < len(lines) and lines[index + 1].startswith("    ") else ""
-            frames.append(
-                Frame(match["path"].removeprefix(root).lstrip("/"), match["line"], match["where"] or "", code)
-            )
-    return frames[::-1]
-
-
-def error_type(stacktrace: str | None) -> str:
-    """The exception's class, as the traceback's last line names it."""
-    for line in reversed((stacktrace or "").splitlines()):
-        if match := re.match(r"([A-Za-z_][\w.]*)(?::|$)", line):
-            return match[1].rpartition(".")[2]
-    return ""
 
 
 FILTERS: Mapping[str, Callable[..., Any]] = {

@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
+from ...failures import error_type, own_frames
 from ...models import LogEntry, TaskRecord
 from .. import charts, records, views
 from ..api import checked_id
@@ -45,8 +46,8 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
             event_words=views.EVENT_WORDS,
             logs=log_lines(logs, None),
             log_end=log_end(logs, 0, None),
-            error_type=views.error_type(task.stacktrace),
-            frames=views.own_frames(task.stacktrace, f"{Path.cwd()}/"),
+            error_type=error_type(task.stacktrace),
+            frames=own_frames(task.stacktrace, f"{Path.cwd()}/"),
             result=shown_result(site, task),
             arguments=records.arguments(store, task) if site.display_func_args else None,
         )
