@@ -149,7 +149,7 @@ async def test_a_group_is_a_filter_and_so_is_dismissed(bench: Bench) -> None:
 
 async def test_the_other_parts_of_a_filter_mean_the_same_everywhere(bench: Bench) -> None:
     plain = await bench.add(arguments='[["invoice \\"7\\" für Åsa"],{}]', key="order-991")
-    broken = await failed(bench, "Card DECLINED: 50% off_")
+    broken = await failed(bench, "Card DECLINED: 50% off_", "mail")
     await bench.requeue(broken, 3)
     for where, expected in (
         (TaskFilter(key="order-991"), [plain]),
@@ -163,7 +163,7 @@ async def test_the_other_parts_of_a_filter_mean_the_same_everywhere(bench: Bench
         (TaskFilter(attempts=("<", 2)), [broken, plain]),
     ):
         assert sorted(task.task_id for task in await all_tasks(bench.backend, where)) == sorted(expected), where
-    again = await failed(bench, "Card DECLINED: 50% off_")
+    again = await failed(bench, "Card DECLINED: 50% off_", "third")
     for text, found in (("card declined", [again]), ("50% off_", [again]), ("5_%", []), ("declined card", [])):
         assert [task.task_id for task in await all_tasks(bench.backend, TaskFilter(error=text))] == found, text
 
