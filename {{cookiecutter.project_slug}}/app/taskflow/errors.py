@@ -129,6 +129,13 @@ class ScheduleNotFound(TaskflowError):
         super().__init__(f"no schedule is named {name!r}")
 
 
+class TooManyRuns(TaskflowError):
+    """So many acts on all that match are under way that another would only wait. Answered as 429."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"{most} acts on all that match are under way: wait for one, or stop it")
+
+
 class TaskFailed(TaskflowError):
     """`result()` of a task that ended in anything but success."""
 

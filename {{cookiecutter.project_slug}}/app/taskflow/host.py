@@ -21,6 +21,7 @@ from .errors import (
     TaskflowError,
     TaskNotFound,
     TaskStateError,
+    TooManyRuns,
     UnknownFunction,
     UnreadableCall,
 )
@@ -28,6 +29,7 @@ from .errors import (
 STATUS_CODES: dict[type[TaskflowError], int] = {
     TaskArgumentError: 422,
     QueueFullError: 429,
+    TooManyRuns: 429,
     BackendUnavailable: 503,
     TaskNotFound: 404,
     QueueNotFound: 404,
@@ -65,7 +67,7 @@ def status_of(error: TaskflowError) -> int:
 
 
 def headers_of(error: TaskflowError) -> dict[str, str]:
-    if isinstance(error, BackendUnavailable | QueueFullError):
+    if isinstance(error, BackendUnavailable | QueueFullError | TooManyRuns):
         return {"Retry-After": str(BackendUnavailable.retry_after)}
     return {}
 

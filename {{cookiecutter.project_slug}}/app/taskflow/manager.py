@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from .backends import Backend, open_backend
 from .backends.base import Turn
 from .background import request_dependency
+from .bulk import BulkRuns
 from .cipher import make_cipher
 from .clock import Clock
 from .context import CarriedContexts
@@ -146,6 +147,7 @@ class TaskManager:
             queues=self.queues,
             retry_replaces_original=retry_replaces_original,
         )
+        self.bulk = BulkRuns(self.store)
         self.schedules = Schedules(self.registry, self.backend, self.journal, self.store, clock=clock)
         self.scheduler = PeriodicScheduler(self.schedules, self.journal, clock=clock)
         observers = list(loggers or ())
@@ -438,6 +440,7 @@ class TaskManager:
         housekeeping, self._housekeeping = self._housekeeping, None
         deadline = monotonic() + self.shutdown_timeout
         self.dispatcher.retire()
+        await self.bulk.stop_all()
         await self.scheduler.stop()
         await housekeeping.stop()
         await self.journal.turned(deadline)

@@ -63,6 +63,7 @@ ORDER = [
     "journal",
     "transactions",
     "store",
+    "bulk",
     "schedules",
     "runner",
     "dispatcher",

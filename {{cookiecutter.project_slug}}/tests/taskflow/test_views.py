@@ -64,6 +64,11 @@ TASK = TaskRecord(
         ("tag.a:b:c", Search(tags=(("a", "b:c"),))),
         ("since:24h until:2026-01-01", Search(since="24h", until="2026-01-01")),
         ("since:24h oops", Search(since="24h", words=("oops",))),
+        ("id:0192f3 key:order-991", Search(id="0192f3", key="order-991")),
+        ('error:"card declined" args:42', Search(error="card declined", args="42")),
+        ("attempts:>1 group:9f86d081884c7d65", Search(attempts=">1", group="9f86d081884c7d65")),
+        ("is:dismissed", Search(dismissed=True)),
+        ("is:open", Search(dismissed=False)),
     ],
 )
 def test_a_search_is_understood(typed: str, search: Search) -> None:
@@ -79,6 +84,8 @@ def test_a_search_is_understood(typed: str, search: Search) -> None:
         ("source:cron", "source:cron: is manual or scheduled"),
         ("since:yesterday", "since:'yesterday': expected an ISO 8601 time"),
         ("tag.:x", "is no qualifier"),
+        ("attempts:many", "attempts:many: is a number"),
+        ("is:lost", "is:lost: is dismissed or open"),
     ],
 )
 def test_what_is_not_understood_is_named_and_the_rest_searched_for(typed: str, problem: str) -> None:
@@ -88,7 +95,8 @@ def test_what_is_not_understood_is_named_and_the_rest_searched_for(typed: str, p
 
 
 def test_a_search_can_be_typed_again() -> None:
-    search = parse_search('status:failed name:"a b" tag.t:"x y" since:2h word "two words" "key:value"', NOW)
+    typed = 'status:failed name:"a b" tag.t:"x y" since:2h error:"no row" attempts:<3 is:open word "two words" "a:b"'
+    search = parse_search(typed, NOW)
     assert parse_search(str(search), NOW) == search
 
 

@@ -64,6 +64,8 @@ PREFERENCES = "taskflow_view"
 """The cookie of what a person chose: a theme, and whether single keys do something."""
 THEMES = ("auto", "light", "dark")
 LARGEST_FORM = 8_192
+MOST_FIELDS = 60
+"""As many as a page of tasks has, and a few."""
 
 
 class Page(HTMLResponse):
@@ -159,14 +161,19 @@ def page_route(renderer: Renderer) -> type[APIRoute]:
 
 
 async def form_of(request: Request) -> dict[str, str]:
-    """The fields of a small form. Raises HTTPException 413 for a large one."""
+    """The fields of a small form; of several with one name the last. Raises HTTPException 413 for a large one."""
+    return dict(await fields_of(request))
+
+
+async def fields_of(request: Request) -> list[tuple[str, str]]:
+    """All of them, in their order. Raises HTTPException."""
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > LARGEST_FORM:
             raise HTTPException(413, "the form is too large")
     try:
-        return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=20))
+        return parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MOST_FIELDS)
     except ValueError:
         raise HTTPException(422, "the form has too many fields") from None
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 from .. import failures
 from ..failures import masked
@@ -40,6 +40,8 @@ EVENT_WORDS: Mapping[str, tuple[str, str]] = {
     EventKind.RESCUED: ("Rescued from a lost instance", "interrupted"),
     EventKind.RETURNED: ("Given back by an instance that stopped", "pending"),
     EventKind.REQUEUED: ("Queued again", "pending"),
+    EventKind.DISMISSED: ("Dismissed", "cancelled"),
+    EventKind.RESTORED: ("Restored to the dead letters", "failed"),
     EventKind.COPIED: ("Retried as a new task", "pending"),
     EventKind.MOVED: ("Given another time", "pending"),
     EventKind.RUN_SCHEDULE: ("Its schedule was run by hand", "pending"),
@@ -132,6 +134,11 @@ MOST_SEARCH_CHARACTERS = 512
 PLAIN_VALUE = re.compile(r'[^\s":]+')
 
 
+TEXTS = ("name", "queue", "source", "since", "until", "id", "key", "error", "args", "attempts", "group")
+"""Qualifiers with one text each."""
+ATTEMPTS = re.compile(r"([<>=]?)(\d{1,9})")
+
+
 @dataclass(frozen=True, slots=True)
 class Search:
     """What a search asks for. `problems` are the parts that were not understood, and why."""
@@ -143,6 +150,14 @@ class Search:
     tags: tuple[tuple[str, str], ...] = ()
     since: str | None = None
     until: str | None = None
+    id: str | None = None
+    key: str | None = None
+    error: str | None = None
+    args: str | None = None
+    attempts: str | None = None
+    group: str | None = None
+    """Of failures."""
+    dismissed: bool | None = None
     words: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -155,14 +170,22 @@ class Search:
             tags=self.tags,
             since=parse_moment(self.since, now) if self.since else None,
             until=parse_moment(self.until, now) if self.until else None,
+            task_id=self.id,
+            key=self.key,
+            error=self.error,
+            arguments=self.args,
+            attempts=parse_attempts(self.attempts) if self.attempts else None,
+            error_key=self.group,
+            dismissed=self.dismissed,
             text=" ".join(self.words) or None,
         )
 
     def __str__(self) -> str:
         """As it could be typed; what was not understood is left out."""
         parts = [f"status:{','.join(self.statuses)}"] if self.statuses else []
-        values = {key: getattr(self, key) for key in ("name", "queue", "source", "since", "until")}
-        parts += [f"{key}:{quoted(value)}" for key, value in values.items() if value]
+        parts += [f"{key}:{quoted(value)}" for key in TEXTS if (value := getattr(self, key))]
+        if self.dismissed is not None:
+            parts.append(f"is:{'dismissed' if self.dismissed else 'open'}")
         parts += [f"tag.{key}:{quoted(value)}" for key, value in self.tags]
         parts += [word if PLAIN_VALUE.fullmatch(word) else f'"{word}"' for word in self.words]
         return " ".join(parts)
@@ -176,7 +199,8 @@ class Search:
     @property
     def looks_through_all(self) -> bool:
         """Whether some part has no index, so that only the newest tasks are looked at."""
-        return bool(self.words or self.tags or self.source or (self.statuses and (self.name or self.queue)))
+        looked_for = (self.words, self.tags, self.source, self.id, self.key, self.error, self.args, self.attempts)
+        return any(looked_for) or sum(map(bool, (self.statuses, self.name, self.queue))) > 1
 
 
 def parse_search(text: str, now: datetime) -> Search:
@@ -202,21 +226,39 @@ def with_qualifier(search: Search, kind: str, key: str, value: str, now: datetim
     if kind == "status":
         found = dict.fromkeys((*search.statuses, *(status_named(part) for part in value.split(",") if part)))
         return replace(search, statuses=tuple(found))
-    if kind in ("name", "queue"):
-        return replace(search, **{kind: value})  # type: ignore[arg-type]
-    if kind == "source":
-        if value not in ("manual", "scheduled"):
-            raise ValueError(f"source:{value}: is manual or scheduled")
-        return replace(search, source=value)
-    if kind in ("since", "until"):
-        try:
-            parse_moment(value, now)
-        except ValueError as error:
-            raise ValueError(f"{kind}:{error}") from None
+    if kind == "is":
+        if value not in ("dismissed", "open"):
+            raise ValueError(f"is:{value}: is dismissed or open")
+        return replace(search, dismissed=value == "dismissed")
+    if kind in TEXTS:
+        check_text(kind, value, now)
         return replace(search, **{kind: value})  # type: ignore[arg-type]
     if kind.startswith("tag.") and len(kind) > 4:
         return replace(search, tags=(*search.tags[-19:], (key[4:], value)))
     raise ValueError(f'{key}: is no qualifier of this search; put quotes around it to search for the text "{key}:..."')
+
+
+def check_text(kind: str, value: str, now: datetime) -> None:
+    """Raises ValueError."""
+    match kind:
+        case "source" if value not in ("manual", "scheduled"):
+            raise ValueError(f"source:{value}: is manual or scheduled")
+        case "since" | "until":
+            try:
+                parse_moment(value, now)
+            except ValueError as error:
+                raise ValueError(f"{kind}:{error}") from None
+        case "attempts":
+            parse_attempts(value)
+
+
+def parse_attempts(text: str) -> tuple[Literal["<", "=", ">"], int]:
+    """`3`, `>1`, `<5`. Raises ValueError."""
+    found = ATTEMPTS.fullmatch(text)
+    if found is None:
+        raise ValueError(f"attempts:{text}: is a number, or one after < or >")
+    sign: Any = found[1] or "="
+    return sign, int(found[2])
 
 
 def status_named(text: str) -> TaskStatus:

@@ -13,10 +13,10 @@ from fastapi.responses import Response
 from ..html import Renderer, page_route
 from ..site import Site
 from ..stream import Feed
-from . import audit, overview, preferences, queues, schedules, task, tasks, workers
+from . import audit, bulk, dead, overview, preferences, queues, schedules, task, tasks, workers
 from .desk import Desk
 
-SCREENS = (overview, tasks, task, queues, schedules, workers, audit, preferences)
+SCREENS = (overview, bulk, tasks, task, queues, schedules, workers, dead, audit, preferences)
 
 
 def pages_router(site: Site, feed: Feed, renderer: Renderer) -> APIRouter:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 
 from ...failures import error_type, own_frames
@@ -16,7 +16,7 @@ from ...models import LogEntry, TaskRecord
 from .. import charts, records, views
 from ..api import checked_id
 from ..auth import actor_of
-from ..html import HEADERS
+from ..html import HEADERS, form_of
 from ..site import Site
 from .desk import Desk
 
@@ -75,6 +75,19 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     @router.post("/dashboard/tasks/{task_id}/retry")
     async def retry(request: Request, task_id: str) -> Response:
         task = await store.retry(checked_id(task_id), actor_of(request))
+        return desk.go_to(request, f"/tasks/{task.task_id}")
+
+    @router.post("/dashboard/tasks/{task_id}/dismiss")
+    async def dismiss(request: Request, task_id: str) -> Response:
+        reason = (await form_of(request)).get("reason", "").strip()
+        if not reason:
+            raise HTTPException(422, "reason: say why, to dismiss it")
+        task = await store.dismiss(checked_id(task_id), reason, actor_of(request))
+        return desk.go_to(request, f"/tasks/{task.task_id}")
+
+    @router.post("/dashboard/tasks/{task_id}/restore")
+    async def restore(request: Request, task_id: str) -> Response:
+        task = await store.restore(checked_id(task_id), actor_of(request))
         return desk.go_to(request, f"/tasks/{task.task_id}")
 
 

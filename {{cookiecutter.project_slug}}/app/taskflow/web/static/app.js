@@ -1,5 +1,4 @@
-// What the pages cannot do without a script: keys, copying, pausing, ages that stay true, and which part wakes when.
-// Everything else is links and forms. Nothing here changes a task.
+// Keys, copying, pausing, ages, and which part wakes when. All else is links and forms; nothing here changes a task.
 (() => {
   "use strict";
   const root = document.documentElement;
@@ -7,11 +6,11 @@
   const find = (selector, where = document) => where.querySelector(selector);
   const all = (selector, where = document) => [...where.querySelectorAll(selector)];
 
-  // -- what a person chose: the cookie that the server renders into <html>
+  // -- the cookie that the server renders into <html>
 
   const remember = () => {
-    const secure = location.protocol === "https:" ? "; Secure" : "";
-    document.cookie = `taskflow_view=${root.dataset.theme}-${root.dataset.keys}; Path=${base}; Max-Age=31536000; SameSite=Lax${secure}`;
+    const secure = location.protocol === "https:" ? ";Secure" : "";
+    document.cookie = `taskflow_view=${root.dataset.theme}-${root.dataset.keys};Path=${base};Max-Age=31536000;SameSite=Lax${secure}`;
   };
   const THEMES = ["auto", "light", "dark"];
   const nextTheme = () => {
@@ -37,11 +36,12 @@
     pause.setAttribute("aria-pressed", paused);
     find(".word", pause).textContent = paused ? "Resume" : "Pause";
     show("live");
-    if (!paused) all("[data-live]").forEach((part) => part.dispatchEvent(new Event(part.dataset.task ? "wake" : "tasks")));
-    if (!paused && !find("[data-task]")) stream.dispatchEvent(new CustomEvent("tasks", { detail: {} }));
+    if (paused) return;
+    find("[data-task]")?.dispatchEvent(new Event("wake"));
+    stream.dispatchEvent(new CustomEvent("tasks", { detail: {} }));
   };
-  // A part of a page that refreshes itself leaves it alone while a person reads or types.
-  const busy = (part) => paused || document.hidden || (part.contains(document.activeElement) && document.activeElement.matches("input"));
+  // A part does not refresh itself while a person types or ticks in it.
+  const busy = (part) => paused || document.hidden || find("input:focus, summary:focus, :checked, .drop[open]", part);
   document.addEventListener("htmx:before:request", (event) => {
     const part = event.target;
     if (part.matches?.("[data-live]") && busy(part)) event.preventDefault();
@@ -60,17 +60,17 @@
     });
   }
 
-  // -- said aloud: the summary, when it changed, at most every ten seconds
+  // -- said aloud: the summary, at most every ten seconds
 
   const spoken = find("#spoken");
-  const say = (text) => { spoken.textContent = text; };
+  const say = (text) => spoken.textContent = text;
   let summary = find("#summary")?.innerText;
   setInterval(() => {
     const now = find("#summary")?.innerText;
     if (now && now !== summary) say(summary = now);
   }, 10000);
 
-  // -- ages, in the words of views.py
+  // -- ages, as views.py
 
   const age = (seconds) => {
     for (const [unit, size] of [["d", 86400], ["h", 3600], ["m", 60]]) {
@@ -86,9 +86,9 @@
 
   // -- copying
 
-  const copy = async (text) => {
+  const copy = (text) => {
     if (navigator.clipboard) return navigator.clipboard.writeText(text);
-    const area = document.createElement("textarea"); // plain http has no clipboard
+    const area = document.createElement("textarea"); // on plain http
     area.value = text;
     document.body.append(area);
     area.select();
@@ -113,15 +113,22 @@
   const mark = () => rows().forEach((row) => row.classList.toggle("at", row.id === at));
   const step = (by) => {
     const list = rows();
-    if (!list.length) return;
     const place = list.findIndex((row) => row.id === at);
     const row = list[place < 0 ? 0 : Math.min(list.length - 1, Math.max(0, place + by))];
+    if (!row) return;
     at = row.id;
     mark();
     find("a", row).focus({ preventScroll: true });
     row.scrollIntoView({ block: "nearest" });
   };
   document.addEventListener("htmx:after:swap", mark);
+  let ticked;
+  const tick = (box, whole) => {
+    const boxes = all("[name=id]");
+    const [from, to] = [boxes.indexOf(ticked), boxes.indexOf(box)].sort((a, b) => a - b);
+    if (whole && from >= 0) boxes.slice(from, to).forEach((other) => other.checked = box.checked);
+    ticked = box;
+  };
 
   document.addEventListener("click", (event) => {
     const target = event.target;
@@ -131,14 +138,16 @@
     else if (button?.id === "help") find("#keys").showModal();
     else if (button?.id === "keys-switch") switchKeys(button);
     else if (button?.closest("#theme")) { event.preventDefault(); nextTheme(); }
-    else if (!target.closest("a, button") && !String(getSelection())) find("a", target.closest(".tasks tbody tr") || spoken)?.click();
+    else if (target.matches("[name=id]")) tick(target, event.shiftKey);
+    else if (!target.closest("a, button, summary, form details") && !String(getSelection())) find("a", target.closest(".tasks tbody tr") || spoken)?.click();
   });
 
-  // -- keys: none of them changes data, and all can be switched off
+  // -- keys: none changes data
 
   const switchKeys = (button) => {
-    root.dataset.keys = root.dataset.keys === "on" ? "off" : "on";
-    button.textContent = `Switch single keys ${root.dataset.keys === "on" ? "off" : "on"}`;
+    const was = root.dataset.keys;
+    root.dataset.keys = was === "on" ? "off" : "on";
+    button.textContent = `Switch single keys ${was}`;
     remember();
   };
   find("#help")?.removeAttribute("hidden");
@@ -146,6 +155,7 @@
     "/": () => find("#q") ? find("#q").focus() : location.assign(`${base}/dashboard/tasks`),
     j: () => step(1),
     k: () => step(-1),
+    x: () => find(`[id="${at}"] [type=checkbox]`)?.click(),
     p: togglePause,
     t: nextTheme,
     "?": () => find("#keys")?.showModal(),
@@ -153,7 +163,7 @@
   let went = 0;
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || root.dataset.keys === "off") return;
-    if (event.target.matches("input, textarea, select") || find("dialog[open]")) {
+    if (event.target.matches("input:not([type=checkbox]), textarea, select") || find("dialog[open]")) {
       if (event.key === "Escape") event.target.blur();
       return;
     }
