@@ -18,6 +18,9 @@ class Settings(BaseSettings):
     """Whether this process runs tasks; otherwise it only accepts them."""
     admin_username: str | None = None
     admin_password: SecretStr | None = None
+    reader_username: str | None = None
+    """Somebody who may look at tasks and change none."""
+    reader_password: SecretStr | None = None
     secret_key: SecretStr | None = None
     """Signs the dashboard's sessions. Without one, development makes a new key at each start."""
     encryption_key: SecretStr | None = None
@@ -29,15 +32,22 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def credentials_come_in_pairs(self) -> "Settings":
-        if (self.admin_username is None) != (self.admin_password is None):
-            raise ValueError("set both TASKFLOW_ADMIN_USERNAME and TASKFLOW_ADMIN_PASSWORD, or neither")
+        for who in ("admin", "reader"):
+            if (getattr(self, f"{who}_username") is None) != (getattr(self, f"{who}_password") is None):
+                name = f"TASKFLOW_{who.upper()}"
+                raise ValueError(f"set both {name}_USERNAME and {name}_PASSWORD, or neither")
+        if self.reader_username is not None and self.admin_username is None:
+            raise ValueError("TASKFLOW_READER_USERNAME needs TASKFLOW_ADMIN_USERNAME, too")
         return self
 
     @property
-    def auth(self) -> tuple[str, str] | None:
-        if self.admin_username is None or self.admin_password is None:
-            return None
-        return self.admin_username, self.admin_password.get_secret_value()
+    def auth(self) -> list[tuple[str, str, str]] | None:
+        """Names, passwords and roles."""
+        known = (
+            (self.admin_username, self.admin_password, "operate"),
+            (self.reader_username, self.reader_password, "read"),
+        )
+        return [(name, secret.get_secret_value(), role) for name, secret, role in known if name and secret] or None
 
 
 settings = Settings()

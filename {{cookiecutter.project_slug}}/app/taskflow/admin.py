@@ -30,6 +30,7 @@ from .web.html import Renderer, assets_router
 from .web.login import login_router
 from .web.operations import operations_router
 from .web.pages import pages_router
+from .web.pages.preferences import preferences_router
 from .web.schedules import schedules_router
 from .web.site import Site
 from .web.stream import Feed, stream_router
@@ -191,6 +192,8 @@ def web_router(site: Site, gate: Gate, lifespan: Callable[[Any], Any]) -> APIRou
     router.include_router(assets_router(renderer.assets), prefix=site.path)
     router.include_router(login_router(site, gate, renderer), prefix=site.path)
     router.include_router(stream_router(feed), prefix=site.path, dependencies=session)
+    reader = [Depends(gate.admit_reader)]
+    router.include_router(preferences_router(site, renderer), prefix=site.path, dependencies=reader)
     router.include_router(pages_router(site, feed, renderer), prefix=site.path, dependencies=session)
     for api in (operations_router(site), schedules_router(site), api_router(site)):
         router.include_router(api, prefix=site.path, dependencies=session, tags=[site.title])

@@ -348,6 +348,22 @@ class TaskFilter:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditFilter:
+    """Which acts of people are shown; every part that is set must hold."""
+
+    actor: str | None = None
+    kinds: tuple[str, ...] = ()
+    subject: str | None = None
+    """A task's id, or words of what an act is about otherwise."""
+    since: datetime | None = None
+    until: datetime | None = None
+
+    @property
+    def asks(self) -> bool:
+        return self != AuditFilter()
+
+
+@dataclass(frozen=True, slots=True)
 class ErrorGroup:
     """Failures with one cause: see `failures.py`."""
 

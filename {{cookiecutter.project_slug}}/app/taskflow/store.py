@@ -25,6 +25,7 @@ import uuid_utils
 
 from . import codec
 from .backends.base import (
+    EVERY_ACT,
     Backend,
     Cancel,
     CancelTasks,
@@ -58,6 +59,7 @@ from .journal import Journal
 from .models import (
     DEFAULT_QUEUE,
     RETRYABLE,
+    AuditFilter,
     Count,
     Cursor,
     ErrorGroup,
@@ -373,9 +375,11 @@ class TaskStore:
     async def last_seq(self) -> int:
         return await self._backend.last_seq()
 
-    async def audit(self, before: int | None = None, limit: int = 50) -> Sequence[TaskEvent]:
+    async def audit(
+        self, before: int | None = None, limit: int = 50, where: AuditFilter = EVERY_ACT
+    ) -> Sequence[TaskEvent]:
         """What people did, newest first; below the event number `before` where it is given."""
-        return await self._backend.audit(before, limit)
+        return await self._backend.audit(before, limit, where)
 
     async def error_groups(
         self, *, dismissed: bool = False, before: tuple[datetime, str] | None = None, limit: int = 50

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..failures import Failure
 from ..models import (
+    AuditFilter,
     Count,
     Cursor,
     ErrorGroup,
@@ -34,6 +35,7 @@ from ..models import (
 
 KINDS = ("queue", "schedule", "revoked", "failure", "task", "event", "log")
 """What is copied from one store to another, in the order in which it is: events and lines come behind their tasks."""
+EVERY_ACT = AuditFilter()
 AttemptId = tuple[str, int]
 """One attempt of one task: its task's id and its number, from 1. A process may run two attempts of a task at a time,
 when it lost the lease of the first."""
@@ -564,8 +566,9 @@ class Backend(Protocol):
 
     async def events_after(self, seq: int, limit: int) -> Sequence[TaskEvent]: ...
 
-    async def audit(self, before: int | None, limit: int) -> Sequence[TaskEvent]:
-        """Events with an actor, newest first; below the number `before` where it is given."""
+    async def audit(self, before: int | None, limit: int, where: AuditFilter = EVERY_ACT) -> Sequence[TaskEvent]:
+        """Events with an actor, newest first; below the number `before` where it is given. A filter looks at the newest
+        SEARCH_WINDOW of them."""
 
     async def is_revoked(self, session_id: str) -> bool: ...
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ..models import Cursor, TaskFilter, to_micros
+from ..models import AuditFilter, Cursor, TaskFilter, to_micros
 from .search import SEARCH_WINDOW, walked_by
 from .stored import stored_names
-from .tables import WAITING, failure, instance, schedule, task
+from .tables import WAITING, event, failure, instance, schedule, task
 
 HEAVY_COLUMNS = ("arguments", "stacktrace")
 """Columns that a list of tasks leaves out."""
@@ -60,6 +60,28 @@ def groups_statement(dismissed: bool, before: tuple[datetime, str] | None, limit
         place = sa.tuple_(sa.literal(to_micros(before[0])), sa.literal(before[1]))
         statement = statement.where(sa.tuple_(failure.c.last_at, failure.c.error_key) < place)
     return statement
+
+
+def audit_statement(before: int | None, limit: int, where: AuditFilter) -> sa.Select[Any]:
+    acts = sa.select(event).where(event.c.actor.is_not(None)).order_by(event.c.seq.desc())
+    if before is not None:
+        acts = acts.where(event.c.seq < before)
+    if not where.asks:
+        return acts.limit(limit)
+    newest = acts.limit(SEARCH_WINDOW).subquery()
+    conditions = []
+    if where.actor is not None:
+        conditions.append(newest.c.actor == where.actor)
+    if where.kinds:
+        conditions.append(newest.c.kind.in_(where.kinds))
+    if where.subject is not None:
+        about = newest.c.detail.icontains(json.dumps(where.subject)[1:-1], autoescape=True)
+        conditions.append(sa.or_(newest.c.task_id.icontains(where.subject, autoescape=True), about))
+    if where.since is not None:
+        conditions.append(newest.c.at >= to_micros(where.since))
+    if where.until is not None:
+        conditions.append(newest.c.at <= to_micros(where.until))
+    return sa.select(newest).where(*conditions).order_by(newest.c.seq.desc()).limit(limit)
 
 
 def page_statement(where: TaskFilter, before: Cursor | None, limit: int) -> sa.Select[Any]:

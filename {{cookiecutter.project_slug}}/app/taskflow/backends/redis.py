@@ -32,6 +32,7 @@ from ..clock import offset_of
 from ..errors import BackendUnavailable, Contended, OutcomeUnknown, TaskflowError
 from ..loops import Throttle, pause_after
 from ..models import (
+    AuditFilter,
     Count,
     Cursor,
     ErrorGroup,
@@ -50,7 +51,7 @@ from ..models import (
 )
 from ..rules.turns import Decision, decide, wants
 from . import redis_copies
-from .base import AttemptId, Batch, Beat, Instance, Pulse, Turn, TurnResult
+from .base import EVERY_ACT, AttemptId, Batch, Beat, Instance, Pulse, Turn, TurnResult
 from .changes import (
     RESCUE_BATCH,
     STAGE_BATCH,
@@ -82,7 +83,7 @@ from .redis_values import (
     unpacked,
 )
 from .rows import group_of, instance_of, log_of, one_off_of, page_of, pulse_of, record_of, schedule_of
-from .search import SEARCH_WINDOW, Searches, is_search, matches
+from .search import SEARCH_WINDOW, Searches, is_act, is_search, matches
 from .stored import instance_row, merged_counts, queue_states
 
 logger = logging.getLogger("taskflow")
@@ -431,13 +432,19 @@ class RedisBackend:
             rows: Any = await self._reader.xrange(self.keys("feed"), min=f"({seq}-0", count=limit)
         return [told(fields) for _, fields in rows]
 
-    async def audit(self, before: int | None, limit: int) -> Sequence[TaskEvent]:
-        newest = "+" if before is None else f"({max(0, before)}-0"
-        if before is not None and before <= 1:
-            return []
-        with translated():
-            rows: Any = await self._reader.xrevrange(self.keys("audit"), max=newest, count=limit)
-        return [told(fields) for _, fields in rows]
+    async def audit(self, before: int | None, limit: int, where: AuditFilter = EVERY_ACT) -> Sequence[TaskEvent]:
+        found: list[TaskEvent] = []
+        size, looked, place = PAGE if where.asks else limit, 0, before
+        with self._searches.one() if where.asks else nullcontext(), translated():
+            while len(found) < limit and looked < SEARCH_WINDOW and (place is None or place > 1):
+                newest = "+" if place is None else f"({place}-0"
+                rows: Any = await self._reader.xrevrange(self.keys("audit"), max=newest, count=size)
+                acts = [told(fields) for _, fields in rows]
+                found += [act for act in acts if is_act(where, act)]
+                if len(acts) < size:
+                    break
+                looked, place = looked + size, acts[-1].seq
+        return found[:limit]
 
     async def is_revoked(self, session_id: str) -> bool:
         with translated():

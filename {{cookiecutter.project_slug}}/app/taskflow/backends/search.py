@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import BackendUnavailable
-from ..models import TaskFilter
+from ..models import AuditFilter, TaskEvent, TaskFilter
 from .stored import loads_object, stored_names
 
 SEARCH_WINDOW = 100_000
@@ -36,6 +36,18 @@ class Searches:
             yield
         finally:
             self._number -= 1
+
+
+def is_act(where: AuditFilter, event: TaskEvent) -> bool:
+    """Whether an event is one that a filter of the audit shows."""
+    about = f"{event.task_id}\n{event.detail or ''}".lower()
+    return (
+        where.actor in (None, event.actor)
+        and (not where.kinds or event.kind in where.kinds)
+        and (where.subject is None or json.dumps(where.subject.lower())[1:-1] in about)
+        and (where.since is None or event.time >= where.since)
+        and (where.until is None or event.time <= where.until)
+    )
 
 
 def walked_by(where: TaskFilter) -> str:

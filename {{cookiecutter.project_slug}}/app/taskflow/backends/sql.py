@@ -23,6 +23,7 @@ from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeoutError
 from ..errors import BackendUnavailable, Contended, TaskflowError
 from ..models import (
     DELAYED,
+    AuditFilter,
     Count,
     Cursor,
     ErrorGroup,
@@ -39,7 +40,7 @@ from ..models import (
 )
 from ..rules.turns import decide, wants
 from . import copies, enlisted, pages, tables
-from .base import AttemptId, Batch, Beat, Instance, Pulse, Turn, TurnResult
+from .base import EVERY_ACT, AttemptId, Batch, Beat, Instance, Pulse, Turn, TurnResult
 from .cells import mended
 from .changes import STAGE_BATCH, Applied, Stale
 from .pages import has_status, page_statement
@@ -260,11 +261,10 @@ class SqlBackend:
         rows = await self._read(lambda connection: connection.execute(statement).all())
         return [event_of(row) for row in rows]
 
-    async def audit(self, before: int | None, limit: int) -> Sequence[TaskEvent]:
-        older = sa.true() if before is None else event.c.seq < before
-        acts = sa.select(event).where(event.c.actor.is_not(None), older)
-        statement = acts.order_by(event.c.seq.desc()).limit(limit)
-        rows = await self._read(lambda connection: connection.execute(statement).all())
+    async def audit(self, before: int | None, limit: int, where: AuditFilter = EVERY_ACT) -> Sequence[TaskEvent]:
+        statement = pages.audit_statement(before, limit, where)
+        read = self._search if where.asks else self._read
+        rows = await read(lambda connection: connection.execute(statement).all())
         return [event_of(row) for row in rows]
 
     async def is_revoked(self, session_id: str) -> bool:

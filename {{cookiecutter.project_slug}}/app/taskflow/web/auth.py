@@ -14,12 +14,14 @@ import hashlib
 import hmac
 import inspect
 import json
+import logging
 import re
 import secrets
 from abc import abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from ipaddress import IPv6Address, ip_address
 from time import monotonic, time
 from typing import Protocol, runtime_checkable
@@ -31,6 +33,8 @@ from starlette.requests import HTTPConnection
 
 from ..errors import BackendUnavailable, TaskDefinitionError
 from .visits import Visits
+
+logger = logging.getLogger("taskflow")
 
 COOKIE = "taskflow_token"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -61,15 +65,27 @@ TEST_CLIENT, TEST_HOST = "testclient", "testserver"
 """The client address of Starlette's TestClient, which no socket has, and the host that it asks for."""
 
 
+class Role(StrEnum):
+    READ = "read"
+    """Sees everything, changes nothing."""
+    OPERATE = "operate"
+
+
+Verdict = bool | str
+"""Whether somebody may come in, or their role; True is *operate*."""
+
+
 @runtime_checkable
 class TaskAuthBackend(Protocol):
-    """Judges a user name and a password. Subclass it, or have the method; it may be `async`."""
+    """Judges a user name and a password: yes, no, or in which role. Subclass it, or have the method; it may be `async`,
+    and where it is not it may block."""
 
     @abstractmethod
-    def authenticate_user(self, username: str, password: str) -> bool | Awaitable[bool]: ...
+    def authenticate_user(self, username: str, password: str) -> Verdict | Awaitable[Verdict]: ...
 
 
-Credentials = tuple[str, str]
+Credentials = tuple[str, str] | tuple[str, str, str]
+"""A name, a password and, where it is not *operate*, a role."""
 Auth = Credentials | Sequence[Credentials] | TaskAuthBackend
 
 
@@ -77,14 +93,16 @@ class FixedCredentials:
     """A list of pairs. Takes the same time whether the name, the password or nothing is right."""
 
     def __init__(self, pairs: Iterable[Credentials]) -> None:
-        self._pairs = [(digest(username), digest(password)) for username, password in pairs]
+        known = ((*pair, Role.OPERATE)[:3] for pair in pairs)
+        self._pairs = [(digest(name), digest(password), Role(role)) for name, password, role in known]
 
-    def authenticate_user(self, username: str, password: str) -> bool:
+    def authenticate_user(self, username: str, password: str) -> Verdict:
         given = digest(username), digest(password)
-        right = False
-        for pair in self._pairs:
-            right |= hmac.compare_digest(pair[0], given[0]) & hmac.compare_digest(pair[1], given[1])
-        return right
+        found: Verdict = False
+        for name, secret, role in self._pairs:
+            if hmac.compare_digest(name, given[0]) & hmac.compare_digest(secret, given[1]):
+                found = role
+        return found
 
 
 def digest(text: str) -> bytes:
@@ -98,11 +116,15 @@ def auth_backend(auth: Auth | None) -> TaskAuthBackend | None:
     pairs = [auth] if is_pair(auth) else auth
     if isinstance(pairs, list | tuple) and pairs and all(is_pair(pair) for pair in pairs):
         return FixedCredentials(pairs)  # type: ignore[arg-type]
-    raise TaskDefinitionError("auth: expected (username, password), a list of such pairs, or a TaskAuthBackend")
+    raise TaskDefinitionError(
+        "auth: expected (username, password), (username, password, 'read'), a list of such, or a TaskAuthBackend"
+    )
 
 
 def is_pair(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, str) and part for part in value)
+    if not isinstance(value, list | tuple) or not all(isinstance(part, str) and part for part in value):
+        return False
+    return len(value) == 2 or (len(value) == 3 and value[2] in tuple(Role))
 
 
 # -- sessions
@@ -114,6 +136,7 @@ class Session:
     username: str
     expires: int
     """Seconds since the epoch."""
+    role: Role = Role.OPERATE
 
 
 class Sessions:
@@ -125,8 +148,9 @@ class Sessions:
         self._clock = clock
         self._revoked: OrderedDict[str, int] = OrderedDict()
 
-    def issue(self, username: str) -> str:
-        claims = {"sid": secrets.token_urlsafe(12), "sub": username, "exp": int(self._clock()) + self.seconds}
+    def issue(self, username: str, role: Role = Role.OPERATE) -> str:
+        expires = int(self._clock()) + self.seconds
+        claims = {"sid": secrets.token_urlsafe(12), "sub": username, "exp": expires, "role": role}
         body = b64(json.dumps(claims, separators=(",", ":")).encode())
         return f"{body}.{self._sign(body)}"
 
@@ -136,7 +160,7 @@ class Sessions:
         if not hmac.compare_digest(self._sign(body).encode(), signature.encode("utf-8", "replace")):
             return None
         claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
-        session = Session(claims["sid"], claims["sub"], claims["exp"])
+        session = Session(claims["sid"], claims["sub"], claims["exp"], Role(claims.get("role", Role.READ)))
         if session.expires <= self._clock() or session.session_id in self._revoked:
             return None
         return session
@@ -220,12 +244,19 @@ class Gate:
         return self._backend is not None
 
     async def admit(self, request: Request) -> None:
-        """The dependency of every route. Raises HTTPException: 401 without a session, 403 from elsewhere."""
+        """The dependency of every route. Raises HTTPException: 401 without a session, 403 from elsewhere, and where
+        something is to be changed, for whoever may only read."""
+        await self.admit_reader(request)
+        if request.method not in SAFE_METHODS and role_of(request) is not Role.OPERATE:
+            raise HTTPException(403, f"refused: {actor_of(request)} may look at tasks, and not change them")
+
+    async def admit_reader(self, request: Request) -> None:
+        """The same for the few that change no task: who may read may log out, and choose how pages look."""
         await self.admit_origin(request)
         if self._backend is None:
             if not is_local(request):
                 raise HTTPException(403, LOCAL_ONLY)
-            request.state.taskflow_actor = "anonymous"
+            request.state.taskflow_actor, request.state.taskflow_role = "anonymous", Role.OPERATE
             return
         try:
             session = await self.session(request)
@@ -235,7 +266,7 @@ class Gate:
                 raise
         if session is None:
             raise HTTPException(401, "log in first")
-        request.state.taskflow_actor = session.username
+        request.state.taskflow_actor, request.state.taskflow_role = session.username, session.role
 
     async def admit_origin(self, request: Request) -> None:
         """Raises HTTPException 403 when another site's page sent this."""
@@ -265,12 +296,13 @@ class Gate:
             raise HTTPException(429, "too many failed logins: wait a minute", {"Retry-After": "60"})
         if self._backend is None:
             return None
-        if not await judge(self._backend, username, password):
+        role = await judge(self._backend, username, password)
+        if role is None:
             await self._visits.was_refused(username, client)
             return None
         self.limit.succeeded(client, username)
         await self._visits.logged_in(username, client)
-        return self.sessions.issue(username)
+        return self.sessions.issue(username, role)
 
     async def log_out(self, request: Request) -> None:
         """Ends the request's session: here at once, elsewhere within a second or two."""
@@ -280,12 +312,31 @@ class Gate:
             await self._visits.logged_out(session.username, client_name(request), session.session_id, session.expires)
 
 
-async def judge(backend: TaskAuthBackend, username: str, password: str) -> bool:
-    """Asks a backend of either colour; a plain function may block and gets a thread."""
-    if inspect.iscoroutinefunction(backend.authenticate_user):
-        return bool(await backend.authenticate_user(username, password))
-    verdict = await run_in_threadpool(backend.authenticate_user, username, password)
-    return bool(await verdict if inspect.isawaitable(verdict) else verdict)
+async def judge(backend: TaskAuthBackend, username: str, password: str) -> Role | None:
+    """Whom a backend of either colour lets in, and as what; a plain function may block and gets a thread. One that
+    raises, or says what is no role, lets nobody in."""
+    try:
+        if inspect.iscoroutinefunction(backend.authenticate_user):
+            verdict = await backend.authenticate_user(username, password)
+        else:
+            verdict = await run_in_threadpool(backend.authenticate_user, username, password)
+            verdict = await verdict if inspect.isawaitable(verdict) else verdict
+        return role_named(verdict)
+    except Exception:
+        logger.exception("the authentication backend could not say who %r is: refused", username[:80])
+        return None
+
+
+def role_named(verdict: object) -> Role | None:
+    """Raises ValueError for a text that names no role."""
+    if isinstance(verdict, str):
+        return Role(verdict)
+    return Role.OPERATE if verdict else None
+
+
+def role_of(request: Request) -> Role:
+    role: Role = request.state.taskflow_role
+    return role
 
 
 def actor_of(request: Request) -> str:

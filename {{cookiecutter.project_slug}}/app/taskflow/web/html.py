@@ -115,7 +115,7 @@ class Renderer:
             user=getattr(request.state, "taskflow_actor", None) if self._asks_for_login else None,
             preferences=Preferences.of(request),
             here=self._site.here(request),
-            can_operate=True,
+            can_operate=getattr(request.state, "taskflow_role", None) == "operate",
             **facts,
         )
         return Page(text, status, HEADERS)

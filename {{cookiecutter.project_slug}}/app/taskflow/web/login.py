@@ -40,7 +40,7 @@ def login_router(site: Site, gate: Gate, renderer: Renderer) -> APIRouter:
         set_cookie(site, request, response, token, gate.sessions.seconds)
         return response
 
-    @router.post("/auth/logout", dependencies=[Depends(gate.admit)])
+    @router.post("/auth/logout", dependencies=[Depends(gate.admit_reader)])
     async def log_out(request: Request) -> Response:
         await gate.log_out(request)
         response = RedirectResponse(f"{site.base(request)}/auth/login", 303, HEADERS)

@@ -14,8 +14,9 @@ from fastapi import APIRouter, Body, HTTPException, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
+from ..models import AuditFilter
 from . import records, shapes
-from .api import Text, invalid_query, next_link
+from .api import Moment, Text, invalid_query, next_link
 from .auth import actor_of
 from .records import Json
 from .route import ApiRoute
@@ -53,6 +54,15 @@ class Pause(BaseModel, extra="forbid"):
 class AuditQuery(BaseModel, extra="forbid"):
     limit: int = Field(50, ge=1, le=500)
     before: int | None = Field(None, ge=0, lt=2**63, description="an `entry_id`: the page continues below it")
+    actor: Text | None = None
+    action: Text | None = Field(None, description="such as retry, pause_queue or login")
+    task_id: Text | None = Field(None, description="of a task, or words of whatever else it was done to")
+    since: Moment = Field(None, description="ISO 8601, or <N>m, <N>h, <N>d ago")
+    until: Moment = Field(None, description="ISO 8601, or <N>m, <N>h, <N>d ago")
+
+    def filter(self) -> AuditFilter:
+        kinds = records.kinds_of(self.action) if self.action else ()
+        return AuditFilter(self.actor or None, kinds, self.task_id or None, self.since, self.until)
 
 
 def window_start(since: str, now: datetime) -> datetime | None:
@@ -114,7 +124,7 @@ def add_history_routes(router: APIRouter, site: Site) -> None:
 
     @router.get("/audit", response_model=list[shapes.ShownAuditEntry], summary="What people did, newest first")
     async def audit(request: Request, query: Annotated[AuditQuery, Query()]) -> Response:
-        found = await store.audit(query.before, query.limit + 1)
+        found = await store.audit(query.before, query.limit + 1, query.filter())
         rows = [records.audit_row(event) for event in found[: query.limit]]
         if len(found) == len(rows):
             return Json(rows)

@@ -49,7 +49,11 @@ ACTIONS: Mapping[str, str] = {
 
 
 class Json(JSONResponse):
-    """JSON that can always be sent: a lone surrogate in a stored text becomes a question mark, not an error."""
+    """JSON that can always be sent: a lone surrogate in a stored text becomes a question mark, not an error. It is kept
+    nowhere on its way, and taken for nothing else."""
+
+    def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
+        super().init_headers({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **(headers or {})})
 
     def render(self, content: Any) -> bytes:
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -258,6 +262,12 @@ def retried(found: Retried) -> dict[str, Any]:
         "skipped": found.skipped,
         "results": [{"original_task_id": old, "new_task_id": new} for old, new in found.new_ids.items()],
     }
+
+
+def kinds_of(action: str) -> tuple[str, ...]:
+    """The events that the audit calls so."""
+    known = [kind for kind, name in ACTIONS.items() if name == action]
+    return tuple(known) if known else (action,)
 
 
 def audit_row(event: TaskEvent) -> dict[str, Any]:

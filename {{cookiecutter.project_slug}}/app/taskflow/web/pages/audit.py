@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
-from ...models import TaskEvent
+from ...models import AuditFilter, TaskEvent
 from .. import csv, records, views
 from ..html import HEADERS
 from .desk import Desk
@@ -19,6 +20,7 @@ MOST_EXPORTED = 10_000
 EXPORT_BATCH = 500
 COLUMNS = ("entry_id", "timestamp", "actor", "action", "task_id", "detail")
 
+Text = Annotated[str, Query(max_length=200)]
 Before = Annotated[int | None, Query(ge=0, lt=2**63)]
 
 
@@ -26,13 +28,23 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     store = desk.store
 
     @router.get("/dashboard/audit")
-    async def audit(request: Request, before: Before = None) -> Response:
-        seq = await desk.feed.head()
-        found = await store.audit(before, PAGE_SIZE + 1)
+    async def audit(
+        request: Request, before: Before = None, actor: Text = "", action: Text = "", about: Text = "", since: Text = ""
+    ) -> Response:
+        seq, now = await desk.feed.head(), desk.now()
+        asked = {"actor": actor.strip(), "action": action.strip(), "about": about.strip(), "since": since.strip()}
+        found = await store.audit(before, PAGE_SIZE + 1, filter_of(asked, now))
         acts = facts(found[:PAGE_SIZE])
         older = acts[-1].event.seq if len(found) > PAGE_SIZE else None
         return desk.renderer.page(
-            request, "audit.html", seq=seq, now=desk.now(), acts=acts, older=older, newest=before is None
+            request,
+            "audit.html",
+            seq=seq,
+            now=now,
+            acts=acts,
+            older=older,
+            newest=before is None,
+            asked={name: value for name, value in asked.items() if value},
         )
 
     @router.get("/dashboard/audit.csv")
@@ -47,6 +59,16 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
 
         headers = HEADERS | {"Content-Disposition": 'attachment; filename="audit.csv"'}
         return StreamingResponse(lines(), headers=headers, media_type="text/csv; charset=utf-8")  # type: ignore[arg-type]
+
+
+def filter_of(asked: Mapping[str, str], now: datetime) -> AuditFilter:
+    """Raises HTTPException 422."""
+    kinds = records.kinds_of(asked["action"].replace(" ", "_")) if asked["action"] else ()
+    try:
+        since = views.parse_moment(asked["since"], now) if asked["since"] else None
+    except ValueError as error:
+        raise HTTPException(422, f"since={error}") from None
+    return AuditFilter(asked["actor"] or None, kinds, asked["about"] or None, since)
 
 
 def csv_cells(event: TaskEvent) -> Sequence[str]:

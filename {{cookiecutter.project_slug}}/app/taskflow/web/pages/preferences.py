@@ -5,22 +5,27 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from ..html import PREFERENCES, THEMES, Preferences, form_of
+from ..html import PREFERENCES, THEMES, Preferences, Renderer, form_of, page_route
 from ..login import own_page
-from .desk import Desk, seen
+from ..site import Site
+from .desk import seen
 
 A_YEAR = 365 * 86_400
 
 
-def add_routes(router: APIRouter, desk: Desk) -> None:
+def preferences_router(site: Site, renderer: Renderer) -> APIRouter:
+    router = APIRouter(route_class=page_route(renderer), include_in_schema=False)
+
     @router.post("/dashboard/view")
     async def choose(request: Request) -> Response:
         form = await form_of(request)
-        base = desk.site.base(request)
+        base = site.base(request)
         response = seen(own_page(base, form.get("next", "")))
         chosen = str(chosen_view(form, Preferences.of(request)))
         response.set_cookie(PREFERENCES, chosen, max_age=A_YEAR, path=base, samesite="lax")
         return response
+
+    return router
 
 
 def chosen_view(form: dict[str, str], old: Preferences) -> Preferences:
