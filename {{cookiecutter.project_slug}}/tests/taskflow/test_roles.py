@@ -166,4 +166,4 @@ def test_the_audit_is_filtered_by_person_action_object_and_time(closed: Service)
     assert "resume queue" not in document.text
     lines = client.get("/tasks/dashboard/audit.csv").text.splitlines()
     assert lines[0].startswith("entry_id,timestamp,actor,action")
-    assert len(lines) == 6
+    assert len(lines) == 5
