@@ -30,6 +30,7 @@ from .dependencies import Injector
 from .dispatcher import Dispatcher
 from .errors import TaskflowError
 from .executors import AsyncExecutor, Executor, ThreadExecutor
+from .history import Book
 from .host import install_error_handlers, join_lifespan
 from .housekeeping import LEASE_SECONDS, Housekeeping, introduce
 from .journal import Journal
@@ -48,6 +49,7 @@ from .models import (
 from .observers import ObserverChain
 from .options import AddOptions
 from .processes import ProcessExecutor, refuse_in_starting_worker
+from .recorder import Recorder
 from .registry import TaskRegistry
 from .runner import Runner
 from .scheduler import PeriodicScheduler
@@ -148,6 +150,9 @@ class TaskManager:
             retry_replaces_original=retry_replaces_original,
         )
         self.bulk = BulkRuns(self.store)
+        self.book = Book()
+        self.journal.listeners.append(self.book.turned)
+        self.recorder = Recorder(self.book, self.store, self.journal, clock=clock, sample_every=snapshot_interval)
         self.schedules = Schedules(self.registry, self.backend, self.journal, self.store, clock=clock)
         self.scheduler = PeriodicScheduler(self.schedules, self.journal, clock=clock)
         observers = list(loggers or ())
@@ -416,6 +421,7 @@ class TaskManager:
         self.observers.start()
         self.journal.start(self.instance_id)
         self._housekeeping.start()
+        self.recorder.start()
         self.scheduler.start(self._housekeeping.introduced, fires=self.runs_tasks)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_TIMEOUT):
@@ -446,6 +452,7 @@ class TaskManager:
         await self.journal.turned(deadline)
         await self.dispatcher.drain(deadline)
         last = deadline + LAST_WRITES
+        await self.recorder.stop()
         await self.journal.flush(last)
         await housekeeping.sign_off(last)
         await self.journal.stop(last)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, fields, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from itertools import accumulate
 from time import monotonic
@@ -55,6 +55,7 @@ from .errors import (
     UnknownFunction,
     UnreadableCall,
 )
+from .history import Bar, Kind, Span, Sums, bars, by_series
 from .journal import Journal
 from .models import (
     DEFAULT_QUEUE,
@@ -386,6 +387,20 @@ class TaskStore:
     ) -> Sequence[ErrorGroup]:
         """Failures by their cause, the last to fail first; below a (last_at, key)."""
         return await self._backend.groups(dismissed=dismissed, before=before, limit=limit)
+
+    async def history(self, span: Span, kind: Kind = "all", series: str = "") -> list[Bar]:
+        """What was done in a part of the past, bar by bar: of everything, or of one queue or name."""
+        start = span.start(self._clock())
+        return bars(span, start, await self._backend.gauges(span.size, kind, start, series))
+
+    async def lately(self, kind: Kind) -> dict[str, Sums]:
+        """Of each queue or name, since the beginning of the hour before this one."""
+        hour = self._clock().replace(minute=0, second=0, microsecond=0)
+        return by_series(await self._backend.gauges(3_600, kind, hour - timedelta(hours=1)))
+
+    async def oldest(self, queues: Sequence[str]) -> Mapping[str, datetime]:
+        """Of each of these queues in which tasks could start: since when the one that waits longest could."""
+        return await self._backend.oldest(queues)
 
     async def is_revoked(self, session_id: str) -> bool:
         """Whether that login session was ended before its time, here or elsewhere."""

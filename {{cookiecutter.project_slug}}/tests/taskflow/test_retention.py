@@ -264,7 +264,7 @@ async def test_all_failed_tasks_are_retried_or_those_of_a_window_or_of_a_functio
 async def test_all_failed_tasks_are_retried_however_many_pages_they_fill(
     start_manager: StartManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.taskflow.store.RETRY_BATCH", 7)
+    monkeypatch.setattr("app.taskflow.store.BATCH", 7)
     manager = await start_manager(define)
     ids = [await manager.enqueue(task(manager, "fail")) for _ in range(30)]
     await drain(manager)

@@ -86,6 +86,8 @@ class Claimed(NamedTuple):
     requeue: bool
     trace: str | None
     created_at: datetime
+    due_at: datetime | None = None
+    """When it could have started."""
 
     @property
     def attempt_id(self) -> AttemptId:
@@ -138,6 +140,29 @@ class Progress:
     @property
     def attempt_id(self) -> AttemptId:
         return self.task_id, self.attempt
+
+
+class GaugeRow(NamedTuple):
+    """What one instance did in one bucket of time: see `history.py`."""
+
+    size: int
+    """Seconds of the bucket."""
+    at: int
+    """When it begins, in microseconds."""
+    kind: str
+    series: str
+    sums: str
+    """A JSON object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Store what this instance did, in place of what it said of the same buckets before; forget what is older than each
+    size of bucket is kept."""
+
+    rows: Sequence[GaugeRow]
+    kept: Mapping[int, datetime]
+    """Seconds of a bucket -> what began before goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,6 +391,7 @@ Command = (
     | Supersede
     | CancelScheduled
     | MoveScheduled
+    | Record
 )
 
 
@@ -592,6 +618,12 @@ class Backend(Protocol):
 
     async def groups(self, *, dismissed: bool, before: tuple[datetime, str] | None, limit: int) -> Sequence[ErrorGroup]:
         """Groups of failures with open tasks, or with dismissed ones; the last to fail first, below (last_at, key)."""
+
+    async def gauges(self, size: int, kind: str, since: datetime, series: str | None = None) -> Sequence[GaugeRow]:
+        """What instances did in buckets of that size that began at a time or later: of one series or of all."""
+
+    async def oldest(self, queues: Sequence[str]) -> Mapping[str, datetime]:
+        """Of each of these queues in which tasks could start: since when the one that waits longest could."""
 
     async def due(self, now: datetime) -> int:
         """Delayed tasks whose time has come; bounded by what one turn makes ready."""

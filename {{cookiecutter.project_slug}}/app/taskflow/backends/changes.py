@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 from ..failures import Failure
 from ..models import EventKind, ExecutorKind
 from ..texts import readable
-from .base import Claimed, LogLine, Moved, Progress, Purge
+from .base import Claimed, LogLine, Moved, Progress, Purge, Record
 
 Level = tuple[str, str, str, int]
 """How many tasks of a queue and a name have a stored status: (queue, name, status, n)."""
@@ -299,6 +299,7 @@ class Changes:
     purges: list[Purge] = field(default_factory=list)
     groups: dict[str, Tally] = field(default_factory=dict)
     """Groups of failures by their key."""
+    records: list[Record] = field(default_factory=list)
     moved: list[Moved] = field(default_factory=list)
     """For those who listen, not for the store: it adds what it had to set aside."""
 

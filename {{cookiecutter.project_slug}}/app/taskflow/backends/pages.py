@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from ..models import AuditFilter, Cursor, TaskFilter, to_micros
 from .search import SEARCH_WINDOW, walked_by
 from .stored import stored_names
-from .tables import WAITING, event, failure, instance, schedule, task
+from .tables import WAITING, event, failure, gauge, instance, rank, schedule, task
 
 HEAVY_COLUMNS = ("arguments", "stacktrace")
 """Columns that a list of tasks leaves out."""
@@ -60,6 +60,22 @@ def groups_statement(dismissed: bool, before: tuple[datetime, str] | None, limit
         place = sa.tuple_(sa.literal(to_micros(before[0])), sa.literal(before[1]))
         statement = statement.where(sa.tuple_(failure.c.last_at, failure.c.error_key) < place)
     return statement
+
+
+def gauges_statement(size: int, kind: str, since: datetime, series: str | None) -> sa.Select[Any]:
+    columns = (gauge.c.size, gauge.c.at, gauge.c.kind, gauge.c.series, gauge.c.sums)
+    there = (gauge.c.size == size, gauge.c.kind == kind, gauge.c.at >= to_micros(since))
+    statement = sa.select(*columns).where(*there).order_by(gauge.c.at)
+    return statement if series is None else statement.where(gauge.c.series == series)
+
+
+def head_statement(queue: str, executor: str, above: int | None) -> sa.Select[Any]:
+    """The first of the next lower priority that could start."""
+    there = [has_status("pending"), task.c.queue == queue, task.c.executor == executor]
+    if above is not None:
+        there.append(rank < above)
+    order = (rank.desc(), task.c.run_at, task.c.task_id)
+    return sa.select(rank.label("rank"), task.c.run_at).where(*there).order_by(*order).limit(1)
 
 
 def audit_statement(before: int | None, limit: int, where: AuditFilter) -> sa.Select[Any]:

@@ -28,7 +28,7 @@ from ..errors import BackendUnavailable, OutcomeUnknown
 from ..loops import Throttle, pause_after
 from ..models import TaskEvent, TaskStatus, from_micros, to_micros, utc_now
 from ..rules.turns import Decision, decide, wants
-from .base import Beat, Claimed, Instance, Purge, Turn, TurnResult
+from .base import Beat, Claimed, GaugeRow, Instance, Purge, Turn, TurnResult
 from .changes import (
     EXECUTORS,
     FACTS,
@@ -300,6 +300,11 @@ class PostgresBackend(SqlBackend):
             run(SQL["insert_events"], columns(Event._fields, changes.events))
         if tally := changes.tally():
             run(SQL["count"], {"part": me, **columns(TALLY, tally)})
+        for record in changes.records:
+            if record.rows:
+                run(SQL["record"], {"me": me, **columns(GaugeRow._fields, record.rows)})
+            for size, before in record.kept.items():
+                run(SQL["forget_gauges"], {"size": size, "before": to_micros(before)})
         for key in sorted(changes.groups):  # in one order everywhere: these rows are shared
             run(SQL["regroup" if changes.groups[key].at is None else "group"], changes.groups[key]._asdict())
 

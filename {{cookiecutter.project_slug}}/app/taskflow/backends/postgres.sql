@@ -182,6 +182,17 @@ ON CONFLICT (error_key) DO UPDATE SET
     message = excluded.message, last_at = greatest(known.last_at, excluded.last_at), open = known.open + excluded.open,
     dismissed = known.dismissed + excluded.dismissed
 
+-- name: record
+INSERT INTO taskflow_gauge (size, at, kind, series, sums, instance)
+SELECT size, at, kind, series, sums, %(me)s
+FROM unnest(%(size)s::int[], %(at)s::bigint[], %(kind)s::text[], %(series)s::text[], %(sums)s::text[])
+    AS told (size, at, kind, series, sums)
+ON CONFLICT (size, kind, at, series, instance) DO UPDATE SET sums = excluded.sums
+
+-- name: forget_gauges
+DELETE FROM taskflow_gauge WHERE ctid = ANY(ARRAY(
+    SELECT ctid FROM taskflow_gauge WHERE size = %(size)s AND at < %(before)s LIMIT 1000 FOR UPDATE SKIP LOCKED))
+
 -- name: regroup
 UPDATE taskflow_failure SET open = open + %(open)s, dismissed = dismissed + %(dismissed)s WHERE error_key = %(error_key)s
 

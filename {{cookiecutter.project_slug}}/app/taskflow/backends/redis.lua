@@ -351,6 +351,10 @@ local function write(me, changes)
     end
     for _, row in ipairs(changes.counts) do count(unpack(row)) end
     for _, tally in ipairs(changes.groups) do regroup(tally) end
+    for _, gauge in ipairs(changes.gauges) do
+        redis.call('HSET', key('gauge', gauge[1]), gauge[2], gauge[3])
+        redis.call('EXPIREAT', key('gauge', gauge[1]), number(gauge[4]))
+    end
     reserve(#changes.events)
     for _, event in ipairs(changes.events) do tell(unpack(event)) end
     for _, line in ipairs(changes.logs) do

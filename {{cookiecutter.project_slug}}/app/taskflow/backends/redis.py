@@ -45,13 +45,14 @@ from ..models import (
     TaskFilter,
     TaskPage,
     TaskRecord,
+    TaskStatus,
     from_micros,
     to_micros,
     utc_now,
 )
 from ..rules.turns import Decision, decide, wants
 from . import redis_copies
-from .base import EVERY_ACT, AttemptId, Batch, Beat, Instance, Pulse, Turn, TurnResult
+from .base import EVERY_ACT, AttemptId, Batch, Beat, GaugeRow, Instance, Pulse, Turn, TurnResult
 from .changes import (
     RESCUE_BATCH,
     STAGE_BATCH,
@@ -93,6 +94,8 @@ MOST_TRIES = 20
 TIMEOUT = 5.0
 """Seconds until a server that does not answer counts as away."""
 READERS = 16
+MOST_PRIORITIES = 32
+"""Of one name in one queue, at whose oldest task somebody looks."""
 SENTINEL_PORT = 26379
 PAGE = 500
 """Tasks that a search reads at a time."""
@@ -521,6 +524,44 @@ class RedisBackend:
             values: Any = await self._reader.hmget(self.keys("failures"), found[:limit]) if found else []
         rows = [group_row(key, value) for key, value in zip(found[:limit], values, strict=True) if value is not None]
         return [group_of(row) for row in rows]
+
+    async def gauges(self, size: int, kind: str, since: datetime, series: str | None = None) -> Sequence[GaugeRow]:
+        first, step = to_micros(since), size * 1_000_000
+        moments = range(-(-first // step) * step, to_micros(utc_now() + self.clock_offset) + step, step)
+        with translated():
+            async with self._reader.pipeline(transaction=False) as pipeline:
+                for at in moments:
+                    pipeline.hgetall(self.keys("gauge", str(size), kind, str(at)))
+                hashes: Any = await pipeline.execute()
+        found = []
+        for at, cells in zip(moments, hashes, strict=True):
+            for packed_key, sums in cells.items():
+                name, _instance = texts(unpacked(packed_key))
+                if series in (None, name):
+                    found.append(GaugeRow(size, at, kind, name, sums.decode()))
+        return found
+
+    async def oldest(self, queues: Sequence[str]) -> Mapping[str, datetime]:
+        with translated():
+            levels: Any = await self._reader.hkeys(self.keys("levels"))
+        waiting = [texts(unpacked(level)) for level in levels]
+        found: dict[str, int] = {}
+        for queue, name, status in waiting:
+            if status == TaskStatus.PENDING and queue in queues:
+                async for run_at in self._heads(self.keys("ready", queue, name)):
+                    found[queue] = min(found.get(queue, run_at), run_at)
+        return {queue: from_micros(run_at) for queue, run_at in found.items()}
+
+    async def _heads(self, ready: str) -> AsyncIterator[int]:
+        """When the first of each priority could start: ten digits of the priority, sixteen of the time."""
+        place = "-"
+        for _ in range(MOST_PRIORITIES):
+            with translated():
+                head: Any = await self._reader.zrangebylex(ready, place, "+", start=0, num=1)
+            if not head:
+                return
+            yield int(head[0][10:26])
+            place = f"({head[0][:10].decode()}:"  # behind all digits
 
     async def due(self, now: datetime) -> int:
         with translated():

@@ -12,6 +12,7 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 
 from ..models import TaskEvent, TaskFilter, TaskStatus, from_micros, to_micros
+from .base import Record
 from .changes import Applied, Changes, Level, Snapshot, StoredQueue, StoredSchedule, StoredTask
 from .redis_keys import COLUMNS
 from .stored import LINE, claim_of, log_row, stored_names
@@ -169,12 +170,23 @@ def arguments_of(changes: Changes) -> dict[str, Any]:
         "schedules": [(name, flags(values)) for name, values in changes.schedules],
         "revoked": changes.revoked,
         "counts": changes.tally(),
+        "gauges": [gauge for record in changes.records for gauge in gauges_of(record, changes)],
         "groups": [changes.groups[key]._asdict() for key in sorted(changes.groups)],
         "events": changes.events,
         "logs": [log_row(line) for line in changes.logs],
         "wishes": [wish._asdict() for wish in changes.wishes],
         "purges": [(to_micros(purge.before), purge.limit) for purge in changes.purges],
     }
+
+
+def gauges_of(record: Record, changes: Changes) -> list[Any]:
+    """Key, field, value and the second at which the key goes."""
+    found = []
+    for row in record.rows:
+        goes_at = row.at + changes.now - to_micros(record.kept[row.size])
+        field = msgpack.packb([row.series, changes.instance])
+        found.append((f"{row.size}:{row.kind}:{row.at}", field, row.sums, goes_at // 1_000_000))
+    return found
 
 
 def applied_of(answer: Any) -> Applied:

@@ -36,13 +36,14 @@ from ..models import (
     TaskFilter,
     TaskPage,
     TaskRecord,
+    from_micros,
     to_micros,
 )
 from ..rules.turns import decide, wants
 from . import copies, enlisted, pages, tables
-from .base import EVERY_ACT, AttemptId, Batch, Beat, Instance, Pulse, Turn, TurnResult
+from .base import EVERY_ACT, AttemptId, Batch, Beat, GaugeRow, Instance, Pulse, Turn, TurnResult
 from .cells import mended
-from .changes import STAGE_BATCH, Applied, Stale
+from .changes import EXECUTORS, STAGE_BATCH, Applied, Stale
 from .pages import has_status, page_statement
 from .rows import event_of, group_of, instance_of, log_of, one_off_of, page_of, pulse_of, record_of, schedule_of
 from .search import Searches, is_search
@@ -51,6 +52,8 @@ from .tables import counter, event, log, revoked, task
 
 T = TypeVar("T")
 
+MOST_PRIORITIES = 32
+"""Of one queue, at whose oldest task somebody looks."""
 MOST_TRIES = 5
 """Of one turn, while other processes change what it is about."""
 
@@ -311,6 +314,29 @@ class SqlBackend:
         statement = pages.groups_statement(dismissed, before, limit)
         rows = await self._read(lambda connection: connection.execute(statement).all())
         return [group_of(row) for row in rows]
+
+    async def gauges(self, size: int, kind: str, since: datetime, series: str | None = None) -> Sequence[GaugeRow]:
+        statement = pages.gauges_statement(size, kind, since, series)
+        rows = await self._read(lambda connection: connection.execute(statement).all())
+        return [GaugeRow(*row) for row in rows]
+
+    async def oldest(self, queues: Sequence[str]) -> Mapping[str, datetime]:
+        return await self._read(lambda connection: self._oldest(connection, queues))
+
+    def _oldest(self, connection: Connection, queues: Sequence[str]) -> Mapping[str, datetime]:
+        """Of each queue and executor the head of each priority: as many looks as there are priorities."""
+        found: dict[str, int] = {}
+        for queue in queues:
+            for executor in EXECUTORS:
+                above: int | None = None
+                for _ in range(MOST_PRIORITIES):
+                    head = connection.execute(pages.head_statement(queue, executor, above)).first()
+                    if head is None:
+                        break
+                    above = head.rank
+                    if isinstance(head.run_at, int):
+                        found[queue] = min(found.get(queue, head.run_at), head.run_at)
+        return {queue: from_micros(run_at) for queue, run_at in found.items()}
 
     async def due(self, now: datetime) -> int:
         ahead = sa.select(task.c.task_id).where(has_status(DELAYED), task.c.run_at <= to_micros(now)).limit(STAGE_BATCH)

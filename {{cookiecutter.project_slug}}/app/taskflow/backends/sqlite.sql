@@ -125,6 +125,14 @@ ON CONFLICT (error_key) DO UPDATE SET
     message = excluded.message, last_at = max(last_at, excluded.last_at), open = open + excluded.open,
     dismissed = dismissed + excluded.dismissed
 
+-- name: record
+INSERT INTO taskflow_gauge (size, at, kind, series, sums, instance) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (size, kind, at, series, instance) DO UPDATE SET sums = excluded.sums
+
+-- name: forget_gauges
+DELETE FROM taskflow_gauge WHERE rowid IN
+    (SELECT rowid FROM taskflow_gauge WHERE size = :size AND at < :before LIMIT 1000)
+
 -- name: regroup
 UPDATE taskflow_failure SET open = open + :open, dismissed = dismissed + :dismissed WHERE error_key = :error_key
 

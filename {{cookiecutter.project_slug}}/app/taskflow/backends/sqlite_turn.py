@@ -17,7 +17,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from ..models import DELAYED, EventKind, TaskStatus, from_micros, to_micros
-from .base import Claimed, Moved, Purge
+from .base import Claimed, Moved, Purge, Record
 from .cells import is_sound, raw, stored_queue, stored_schedule, stored_task, unreadable, words
 from .changes import (
     EXECUTORS,
@@ -58,9 +58,10 @@ CLAIMABLE = (
     "trace",
     "created_at",
     "started_at",
+    "run_at",
 )
 """What is read of a task that is ready: fewer columns than rules want, because there may be hundreds in a turn."""
-LISTS = {"{facts}": ", ".join(FACTS), "{claimable}": ", ".join((*CLAIMABLE, "priority", "run_at"))}
+LISTS = {"{facts}": ", ".join(FACTS), "{claimable}": ", ".join((*CLAIMABLE, "priority"))}
 
 
 def listed(text: str) -> str:
@@ -211,9 +212,17 @@ def apply(cursor: sqlite3.Cursor, changes: Changes) -> Applied:
         INSERT_EVENTS.run(cursor, changes.events)
     if tally := changes.tally():
         COUNT.run(cursor, tally)
+    for record in changes.records:
+        _record(cursor, record, changes.instance)
     for key in sorted(changes.groups):
         _regroup(cursor, changes.groups[key])
     return applied
+
+
+def _record(cursor: sqlite3.Cursor, record: Record, instance: str) -> None:
+    cursor.executemany(SQL["record"], [(*row, instance) for row in record.rows])
+    for size, before in record.kept.items():
+        run(cursor, SQL["forget_gauges"], {"size": size, "before": to_micros(before)})
 
 
 def _regroup(cursor: sqlite3.Cursor, tally: Tally) -> None:
@@ -276,8 +285,8 @@ def _claim(cursor: sqlite3.Cursor, wish: Wish, changes: Changes) -> list[Claimed
 
 
 def _claimed(cells: Sequence[Any], started_at: datetime) -> Claimed:
-    task_id, name, queue, executor, attempt, excused, most, arguments, tags, requeue, trace, created_at, _ = cells
-    facts = (arguments, loads_object(tags), bool(requeue), trace, from_micros(created_at))
+    task_id, name, queue, executor, attempt, excused, most, arguments, tags, requeue, trace, created, _, due = cells
+    facts = (arguments, loads_object(tags), bool(requeue), trace, from_micros(created), from_micros(due))
     return Claimed(task_id, name, queue, executor, attempt + 1, excused, most, started_at, *facts)
 
 

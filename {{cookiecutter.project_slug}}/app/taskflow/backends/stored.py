@@ -98,6 +98,7 @@ def claim_of(row: StoredTask) -> Claimed:
         bool(row.requeue),
         row.trace,
         from_micros(row.created_at),
+        from_micros(row.run_at),
     )
 
 
@@ -117,6 +118,7 @@ def first_claim(draft: Draft, started_at: datetime) -> Claimed:
         draft.requeue,
         draft.trace,
         draft.created_at,
+        draft.run_at,
     )
 
 

@@ -133,6 +133,20 @@ class FailureRow(Row, table=True):
     dismissed: int = Field(default=0, sa_type=BigInteger)
 
 
+class GaugeRow(Row, table=True):
+    """What each instance did in each bucket of time, for charts: see `history.py`."""
+
+    __tablename__ = "taskflow_gauge"
+
+    size: int = Field(primary_key=True)
+    """Seconds of the bucket."""
+    kind: str = Field(primary_key=True)
+    at: int = Field(primary_key=True, sa_type=BigInteger)
+    series: str = Field(primary_key=True)
+    instance: str = Field(primary_key=True)
+    sums: str = Field(sa_type=Text)
+
+
 class QueueRow(Row, table=True):
     """Limits of named queues. `declared` is what the code said when the limits were last taken from it."""
 
@@ -207,6 +221,7 @@ event = EventRow.__table__  # type: ignore[attr-defined]
 log = LogRow.__table__  # type: ignore[attr-defined]
 counter = CounterRow.__table__  # type: ignore[attr-defined]
 failure = FailureRow.__table__  # type: ignore[attr-defined]
+gauge = GaugeRow.__table__  # type: ignore[attr-defined]
 queue = QueueRow.__table__  # type: ignore[attr-defined]
 schedule = ScheduleRow.__table__  # type: ignore[attr-defined]
 instance = InstanceRow.__table__  # type: ignore[attr-defined]
@@ -267,6 +282,8 @@ by_error_index = Index(
 )
 Index("taskflow_open_failures", failure.c.last_at, failure.c.error_key, **_where("open > 0"))
 Index("taskflow_dismissed_failures", failure.c.last_at, failure.c.error_key, **_where("dismissed > 0"))
+
+Index("taskflow_old_gauges", gauge.c.size, gauge.c.at)
 
 Step = Callable[[Connection], object]
 

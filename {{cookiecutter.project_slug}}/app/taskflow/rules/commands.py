@@ -25,6 +25,7 @@ from ..backends.base import (
     MoveScheduled,
     Note,
     Purge,
+    Record,
     Requeue,
     RequeueTasks,
     Rescue,
@@ -68,6 +69,9 @@ def obey(work: Work, command: Command) -> Answer:
         case Purge():
             work.changes.purges.append(command)
             return Answer()  # the store says what it came to
+        case Record():
+            work.changes.records.append(command)
+            return Answer()
         case Note(kind, actor, detail, task_id, at):
             work.changes.event(kind, task_id, at=micros(at), actor=actor or "", detail=fields_text(detail))
             return Answer(changed=1)

@@ -1,0 +1,234 @@
+"""What charts remember: how many tasks started and how they ended, how long they waited and ran, per bucket of time.
+
+Owns the sums and their arithmetic. Each instance adds up what it did itself, in buckets of ten seconds, minutes and
+hours, and stores them as rows of its own, absolute: writing one again changes nothing, nobody adds in the store, and
+readers sum over the instances. Rows are bounded by names and time, whatever the load. Durability never depends on it: a
+crash takes the seconds since the last writing.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Literal, NamedTuple
+
+from .backends.base import Claimed, Finish, GaugeRow, TurnResult
+from .models import EventKind, TaskStatus, from_micros, to_micros
+
+Kind = Literal["all", "queue", "name"]
+Series = tuple[Kind, str]
+KEPT: Mapping[int, timedelta] = {10: timedelta(hours=2), 60: timedelta(hours=48), 3_600: timedelta(days=60)}
+"""Seconds of a bucket -> how long it is kept."""
+BOUNDS = tuple(factor * 10.0**power for power in range(-3, 5) for factor in (1, 2, 5))
+"""Seconds; what lasted longer is in one bucket more."""
+MOST_SERIES = 500
+"""Names, and queues, with sums of their own; more are added to OTHERS."""
+OTHERS = "(other)"
+WHOLE: Series = ("all", "")
+
+
+def bucket_of(seconds: float) -> int:
+    return bisect_left(BOUNDS, seconds)
+
+
+def quantile(histogram: Mapping[int, int], share: float) -> float | None:
+    """Seconds that so much of it did not exceed, between the bounds of its bucket in proportion."""
+    total = sum(histogram.values())
+    if not total:
+        return None
+    wanted, before = share * total, 0
+    for bucket in sorted(histogram):
+        n = histogram[bucket]
+        if before + n >= wanted:
+            low = BOUNDS[bucket - 1] if bucket else 0.0
+            high = BOUNDS[bucket] if bucket < len(BOUNDS) else BOUNDS[-1] * 2
+            return low + (high - low) * (wanted - before) / n
+        before += n
+    return BOUNDS[-1]
+
+
+@dataclass(slots=True)
+class Sums:
+    """Of one bucket and series."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """`started`, `retried`, and the statuses in which tasks ended."""
+    wait: Counter[int] = field(default_factory=Counter)
+    run: Counter[int] = field(default_factory=Counter)
+    run_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    levels: dict[str, float] = field(default_factory=dict)
+    """What was there when somebody looked: `pending`, `delayed`, `running`, `slots`, `oldest` in seconds."""
+
+    def add(self, other: Sums) -> None:
+        self.counts.update(other.counts)
+        self.wait.update(other.wait)
+        self.run.update(other.run)
+        self.run_seconds += other.run_seconds
+        self.wait_seconds += other.wait_seconds
+        for name, value in other.levels.items():  # of the store, not of an instance: they do not add up
+            self.levels[name] = max(value, self.levels.get(name, 0.0))
+
+    @property
+    def ended(self) -> int:
+        return sum(self.counts[status] for status in TaskStatus if status.terminal)
+
+    def dumps(self) -> str:
+        parts: dict[str, Any] = {"c": self.counts, "w": self.wait, "r": self.run, "l": self.levels}
+        parts |= {"ws": round(self.wait_seconds, 3), "rs": round(self.run_seconds, 3)}
+        return json.dumps({name: part for name, part in parts.items() if part}, separators=(",", ":"))
+
+
+def loads(text: str) -> Sums:
+    """A row that cannot be read counts nothing."""
+    try:
+        parts = json.loads(text)
+        return Sums(
+            Counter({str(name): int(n) for name, n in parts.get("c", {}).items()}),
+            Counter({int(bucket): int(n) for bucket, n in parts.get("w", {}).items()}),
+            Counter({int(bucket): int(n) for bucket, n in parts.get("r", {}).items()}),
+            float(parts.get("rs", 0.0)),
+            float(parts.get("ws", 0.0)),
+            {str(name): float(value) for name, value in parts.get("l", {}).items()},
+        )
+    except (ValueError, TypeError, AttributeError):
+        return Sums()
+
+
+class Book:
+    """What this instance adds up. `turned` is a listener of the journal, `rows` is what is to be stored."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, tuple[int, dict[Series, Sums]]] = {}
+        """Seconds of a bucket -> when the present one began, and its sums."""
+        self._changed: dict[tuple[int, int, Series], Sums] = {}
+        self._names: dict[Kind, set[str]] = {"queue": set(), "name": set()}
+        self.totals: dict[tuple[str, str], Sums] = {}
+        """(queue, name) -> all since the process began."""
+
+    def turned(self, finishes: Sequence[Finish], result: TurnResult) -> None:
+        for task in result.claimed:
+            self._started(task)
+        for finish in finishes:
+            if finish.task.attempt_id not in result.refused:
+                self._ended(finish)
+
+    def sampled(self, now: datetime, levels: Mapping[Series, Mapping[str, float]]) -> None:
+        for series, found in levels.items():
+            for sums in self._at(now, [series]):
+                sums.levels.update(found)
+
+    def rows(self) -> list[GaugeRow]:
+        """What has changed since the last time."""
+        changed, self._changed = self._changed, {}
+        return [
+            GaugeRow(size, start * 1_000_000, *series, sums.dumps()) for (size, start, series), sums in changed.items()
+        ]
+
+    def _started(self, task: Claimed) -> None:
+        waited = max(0.0, (task.started_at - (task.due_at or task.created_at)).total_seconds())
+        bucket = bucket_of(waited)
+        for sums in self._of(task, task.started_at):
+            sums.counts["started"] += 1
+            sums.wait[bucket] += 1
+            sums.wait_seconds += waited
+
+    def _ended(self, finish: Finish) -> None:
+        task = finish.task
+        ran = max(0.0, (finish.at - task.started_at).total_seconds())
+        bucket = bucket_of(ran)
+        outcome = "retried" if finish.kind == EventKind.RETRYING else finish.status.value
+        for sums in self._of(task, finish.at):
+            sums.counts[outcome] += 1
+            sums.run[bucket] += 1
+            sums.run_seconds += ran
+
+    def _of(self, task: Claimed, moment: datetime) -> list[Sums]:
+        found = self._at(moment, [WHOLE, self._known("queue", task.queue), self._known("name", task.name)])
+        pair = (task.queue, task.name)
+        if pair not in self.totals and len(self.totals) >= MOST_SERIES:
+            pair = (OTHERS, OTHERS)
+        return [*found, self.totals.setdefault(pair, Sums())]
+
+    def _known(self, kind: Kind, name: str) -> Series:
+        names = self._names[kind]
+        if name not in names:
+            if len(names) >= MOST_SERIES:
+                return kind, OTHERS
+            names.add(name)
+        return kind, name
+
+    def _at(self, moment: datetime, series: Iterable[Series]) -> list[Sums]:
+        """The sums of the buckets that a moment falls into, or of the present ones where its own are written."""
+        second = to_micros(moment) // 1_000_000
+        found = []
+        for size in KEPT:
+            start = second - second % size
+            known = self._open.get(size)
+            if known is None or start > known[0]:
+                known = self._open[size] = (start, {})
+            start, sums = known
+            for one in series:
+                one_sums = sums.get(one) or sums.setdefault(one, Sums())
+                self._changed[size, start, one] = one_sums
+                found.append(one_sums)
+        return found
+
+
+# -- reading
+
+
+class Span(NamedTuple):
+    """A part of the past that a chart shows."""
+
+    name: str
+    size: int
+    """Seconds of a stored bucket."""
+    buckets: int
+    """Of them in one bar."""
+    bars: int
+
+    @property
+    def step(self) -> timedelta:
+        return timedelta(seconds=self.size * self.buckets)
+
+    def start(self, now: datetime) -> datetime:
+        """Of its first bar; bars begin at multiples of their length, so that they do not creep."""
+        step = self.size * self.buckets
+        end = to_micros(now) // 1_000_000 // step * step + step
+        return from_micros((end - step * self.bars) * 1_000_000)
+
+
+SPANS: Mapping[str, Span] = {
+    "1h": Span("1h", 60, 1, 60),
+    "24h": Span("24h", 60, 20, 72),
+    "7d": Span("7d", 3_600, 2, 84),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    at: datetime
+    sums: Sums
+
+
+def bars(span: Span, start: datetime, rows: Iterable[GaugeRow]) -> list[Bar]:
+    """The rows of one series, of all instances, as bars without gaps."""
+    first, step = to_micros(start), int(span.step.total_seconds()) * 1_000_000
+    found = [Sums() for _ in range(span.bars)]
+    for row in rows:
+        place = (row.at - first) // step
+        if 0 <= place < span.bars:
+            found[place].add(loads(row.sums))
+    return [Bar(start + number * span.step, sums) for number, sums in enumerate(found)]
+
+
+def by_series(rows: Iterable[GaugeRow]) -> dict[str, Sums]:
+    found: dict[str, Sums] = {}
+    for row in rows:
+        found.setdefault(row.series, Sums()).add(loads(row.sums))
+    return found
