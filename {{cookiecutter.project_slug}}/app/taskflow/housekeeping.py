@@ -199,6 +199,8 @@ class Housekeeping:
         self.heartbeat = Heartbeat(backend, me, dispatcher, clock=clock, lease_seconds=lease_seconds)
         self._look_interval = min(RESCUE_INTERVAL, lease_seconds / LOOKS_PER_LEASE)
         self._watch = Watch(lease_seconds, self._look_interval)
+        self.rescued = 0
+        """Tasks, ever."""
         self._failures = 0
         """Of heartbeats, when this instance last looked at the others."""
         self._rescue_loop = Loop("rescue", self._rescue_round)
@@ -257,6 +259,7 @@ class Housekeeping:
         rescued = 0
         while (answer := await self._journal.obey(Rescue(dead))).changed:
             rescued += answer.changed
+            self.rescued += answer.changed
         for instance_id, stamp in dead.items():
             await asyncio.to_thread(self._backend.leave, instance_id, stamp)
         self._watch.forget(dead)

@@ -192,6 +192,11 @@ class Journal:
         await self._answered.wait()
 
     @property
+    def backlog(self) -> int:
+        """Drafts, commands, finishes and log lines that wait for a turn."""
+        return self._waiting_drafts + len(self._waiting) + len(self._finishes) + len(self._logs)
+
+    @property
     def _turning(self) -> bool:
         return self._turn_began < float("inf")
 

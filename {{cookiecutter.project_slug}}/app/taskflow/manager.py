@@ -427,6 +427,11 @@ class TaskManager:
             async with asyncio.timeout(START_TIMEOUT):
                 await self.scheduler.declared.wait()
 
+    @property
+    def rescued(self) -> int:
+        """Tasks of lost instances that this process rescued since it started."""
+        return self._housekeeping.rescued if self._housekeeping is not None else 0
+
     def unready(self) -> str | None:
         """Why this process should get no traffic now; None when it should."""
         if self._housekeeping is None:

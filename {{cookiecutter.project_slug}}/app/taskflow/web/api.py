@@ -13,12 +13,12 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import Response
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from ..errors import TaskNotFound
 from ..models import Cursor, TaskFilter, TaskRecord, TaskStatus, utc_now
-from . import records, shapes
+from . import prometheus, records, shapes
 from .auth import actor_of
 from .records import Json
 from .route import ApiRoute
@@ -121,10 +121,11 @@ def api_router(site: Site) -> APIRouter:
         },
     )
     async def metrics(request: Request) -> Response:
-        found = await store.metrics()
-        if wants_text(request.headers.get("accept", "")):
-            return PlainTextResponse(records.metrics_text(found), media_type="text/plain; version=0.0.4")
-        return Json(records.metrics_json(found))
+        accept = request.headers.get("accept", "")
+        if wants_text(accept):
+            text, media_type = prometheus.exposition(manager, await prometheus.facts_of(manager), accept)
+            return Response(text, headers={"Cache-Control": "no-store"}, media_type=media_type)
+        return Json(records.metrics_json(await store.metrics()))
 
     @router.get("/health", response_model=shapes.ShownHealth, summary="Whether this process works")
     async def health() -> Response:

@@ -9,7 +9,7 @@ import base64
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import date, datetime, time
 from typing import Any
 
@@ -300,22 +300,3 @@ def metrics_json(metrics: Metrics) -> dict[str, Any]:
         "success_rate": metrics.success_rate,
         "avg_duration_seconds": metrics.avg_duration_seconds,
     }
-
-
-def metrics_text(metrics: Metrics) -> str:
-    """The same numbers in Prometheus's text format."""
-    families: Sequence[tuple[str, str, str, Sequence[tuple[str, float]]]] = (
-        (
-            "taskflow_tasks",
-            "gauge",
-            "Stored tasks by status.",
-            [(f'{{status="{status}"}}', n) for status, n in metrics.by_status.items()],
-        ),
-        ("taskflow_success_ratio", "gauge", "Successes among ended tasks.", [("", metrics.success_rate)]),
-        ("taskflow_duration_seconds_avg", "gauge", "Mean run time of tasks.", [("", metrics.avg_duration_seconds)]),
-    )
-    lines = []
-    for name, kind, meaning, samples in families:
-        lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{labels} {value}" for labels, value in samples]
-    return "\n".join(lines) + "\n"
