@@ -33,6 +33,7 @@ from .backends.base import (
     Draft,
     EditQueue,
     Finish,
+    GaugeRow,
     Note,
     Purge,
     Requeue,
@@ -55,7 +56,7 @@ from .errors import (
     UnknownFunction,
     UnreadableCall,
 )
-from .history import Bar, Kind, Span, Sums, bars, by_series
+from .history import SPANS, Bar, Kind, Span, Sums, bars, by_series
 from .journal import Journal
 from .models import (
     DEFAULT_QUEUE,
@@ -392,6 +393,15 @@ class TaskStore:
         """What was done in a part of the past, bar by bar: of everything, or of one queue or name."""
         start = span.start(self._clock())
         return bars(span, start, await self._backend.gauges(span.size, kind, start, series))
+
+    async def histories(self, kind: Kind) -> dict[str, list[Bar]]:
+        """The last hour of each queue or name."""
+        span = SPANS["1h"]
+        start = span.start(self._clock())
+        rows: dict[str, list[GaugeRow]] = {}
+        for row in await self._backend.gauges(span.size, kind, start):
+            rows.setdefault(row.series, []).append(row)
+        return {series: bars(span, start, found) for series, found in rows.items()}
 
     async def lately(self, kind: Kind) -> dict[str, Sums]:
         """Of each queue or name, since the beginning of the hour before this one."""

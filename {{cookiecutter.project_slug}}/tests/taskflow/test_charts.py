@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
 
+from app.taskflow.history import SPANS, Bar, Sums, bars
 from app.taskflow.models import TaskEvent, TaskStatus
 from app.taskflow.web import charts
 
-from .test_views import NOW, TASK
+from .test_views import NOW
 
 FAILED, PENDING, SUCCESS = TaskStatus.FAILED, TaskStatus.PENDING, TaskStatus.SUCCESS
 
@@ -29,30 +30,33 @@ def test_a_single_failure_among_many_is_still_seen() -> None:
 
 def test_nothing_is_no_bar() -> None:
     assert charts.stacked({SUCCESS: 0}, 100) == []
-    assert charts.activity([], NOW, width=100, height=50, bars=10) is None
+    assert charts.throughput(bars(SPANS["1h"], NOW, []), 60, width=100, height=50) is None
+    assert charts.sparkline([0.0, 0.0], width=80, height=20) == ""
+    assert charts.sparkline([3.0], width=80, height=20) == ""
 
 
-def test_activity_has_bars_of_a_round_length_up_to_now() -> None:
-    tasks = [replace(TASK, created_at=NOW - timedelta(seconds=age), status=SUCCESS) for age in (0, 1, 1, 95)]
-    chart = charts.activity(tasks, NOW, width=480, height=96, bars=48)
+def ended(*minutes: dict[str, int]) -> list[Bar]:
+    return [Bar(NOW + timedelta(minutes=n), Sums(Counter(counts))) for n, counts in enumerate(minutes)]
+
+
+def test_throughput_stacks_how_tasks_ended_and_leaves_empty_bars_out() -> None:
+    chart = charts.throughput(
+        ended({"success": 3, "failed": 1}, {}, {"success": 2, "started": 9}), 60, width=30, height=96
+    )
     assert chart is not None
-    assert (chart.n, chart.peak, chart.step) == (4, 3, 5)
-    assert chart.last > NOW
-    assert chart.last - chart.first == timedelta(seconds=240)
-    assert all(0 <= bar.x < 480 for bar in chart.bars)
-    assert chart.totals == {SUCCESS: 4}
-
-
-@pytest.mark.parametrize("age", [0, 0.001, 1, 59, 3_600, 86_400 * 400])
-def test_every_task_is_inside_the_drawing(age: float) -> None:
-    tasks = [replace(TASK, created_at=NOW - timedelta(seconds=age)), replace(TASK, created_at=NOW)]
-    chart = charts.activity(tasks, NOW, width=480, height=96, bars=48)
-    assert chart is not None
-    for bar in chart.bars:
-        for part in bar.parts:
+    assert (chart.peak, chart.totals) == (4, {SUCCESS: 5, FAILED: 1})
+    assert [(column.x, column.width) for column in chart.columns] == [(0, 8), (20, 8)]
+    assert [(part.kind, part.n) for part in chart.columns[0].parts] == [("success", 3), ("failed", 1)]
+    assert chart.last - chart.first == timedelta(minutes=3)
+    for column in chart.columns:
+        for part in column.parts:
             assert 0 <= part.at <= 96
             assert part.at + part.size <= 96.1
-    assert sum(part.n for bar in chart.bars for part in bar.parts) == 2
+
+
+def test_a_sparkline_ends_at_the_edges_and_peaks_below_the_top() -> None:
+    points = [tuple(map(float, point.split(","))) for point in charts.sparkline([0, 4, 2], width=80, height=20).split()]
+    assert points == [(0, 19), (40, 1), (80, 10)]
 
 
 def history(*steps: tuple[str, float] | tuple[str, float, int]) -> Sequence[TaskEvent]:

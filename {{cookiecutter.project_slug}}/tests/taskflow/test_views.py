@@ -265,25 +265,6 @@ def test_progress_is_a_share_where_the_total_is_known(progress: dict[str, object
     assert views.progress_share(progress) == share
 
 
-def test_failures_of_one_function_with_one_message_are_one_problem() -> None:
-    def failure(name: str, error: str, seconds: float) -> TaskRecord:
-        return replace(TASK, func_name=name, error=error, status=FAILED, created_at=NOW - timedelta(seconds=seconds))
-
-    found = views.problems(
-        [
-            failure("sync", "timed out", 1),
-            failure("charge", "order 17 declined", 2),
-            failure("charge", "order 18 declined", 3),
-            failure("charge", "no such card", 4),
-        ],
-        2,
-    )
-    assert [(problem.name, problem.error, problem.n) for problem in found] == [
-        ("charge", "order 17 declined", 2),
-        ("sync", "timed out", 1),
-    ]
-
-
 TRACE = """Traceback (most recent call last):
   File "/srv/shop/app/taskflow/runner.py", line 102, in _outcome
     value = await executor.run(call)

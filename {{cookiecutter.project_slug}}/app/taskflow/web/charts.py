@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from ..models import EventKind, TaskEvent, TaskRecord, TaskStatus
+from ..history import Bar, Sums
+from ..models import EventKind, TaskEvent, TaskStatus
 
 ENDS: Mapping[str, str] = {
     EventKind.SUCCEEDED: "success",
@@ -62,59 +63,63 @@ def stacked(counts: Mapping[TaskStatus, int], length: float, *, smallest: float 
     return parts
 
 
-# -- what was accepted lately
+# -- what was done lately
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
+class Column:
+    at: datetime
     x: float
     width: float
     parts: Sequence[Part]
     """`at` is the distance of a part's upper edge from the top of the drawing."""
+    sums: Sums
 
 
 @dataclass(frozen=True, slots=True)
-class Activity:
-    bars: Sequence[Bar]
+class Throughput:
+    columns: Sequence[Column]
+    """Those in which anything ended."""
     first: datetime
     last: datetime
-    n: int
-    peak: int
-    """The most tasks in one bar."""
     step: float
     """Seconds of one bar."""
+    peak: int
+    """The most tasks that ended in one bar."""
     totals: Mapping[TaskStatus, int]
 
 
-STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1_800, 3_600, 7_200, 14_400, 28_800, 86_400)
-
-
-def activity(tasks: Sequence[TaskRecord], now: datetime, *, width: float, height: float, bars: int) -> Activity | None:
-    """Tasks by the time they were accepted, up to now, in at most so many bars of a round length."""
-    if not tasks:
+def throughput(bars: Sequence[Bar], step: float, *, width: float, height: float) -> Throughput | None:
+    """How tasks ended, bar by bar; None where none did."""
+    outcomes = [outcomes_of(bar.sums) for bar in bars]
+    peak = max((counter.total() for counter in outcomes), default=0)
+    if not peak:
         return None
-    oldest = min(task.created_at for task in tasks)
-    span = max(1.0, (now - oldest).total_seconds())
-    step = next((size for size in STEPS if span <= size * (bars - 1)), span / (bars - 1))
-    end = ceiling(now, step)
-    counts: dict[int, Counter[TaskStatus]] = {}
-    for task in tasks:
-        place = bars - 1 - int((end - task.created_at).total_seconds() / step)
-        counts.setdefault(max(0, min(bars - 1, place)), Counter())[task.status] += 1
-    peak = max(counter.total() for counter in counts.values())
-    slot = width / bars
-    return Activity(
-        bars=[
-            Bar(round(place * slot, 1), round(slot * 0.8, 1), upright(counter, height * counter.total() / peak, height))
-            for place, counter in sorted(counts.items())
-        ],
-        first=end - timedelta(seconds=step * bars),
-        last=end,
-        n=len(tasks),
-        peak=peak,
+    slot = width / len(bars)
+    columns = [
+        Column(
+            bar.at,
+            round(place * slot, 1),
+            round(slot * 0.8, 1),
+            upright(counter, height * counter.total() / peak, height),
+            bar.sums,
+        )
+        for place, (bar, counter) in enumerate(zip(bars, outcomes, strict=True))
+        if counter.total()
+    ]
+    totals = sum(outcomes, Counter())
+    return Throughput(
+        columns=columns,
+        first=bars[0].at,
+        last=bars[-1].at + timedelta(seconds=step),
         step=step,
-        totals={status: n for status in TaskStatus if (n := sum(task.status is status for task in tasks))},
+        peak=peak,
+        totals={status: totals[status] for status in TaskStatus if totals[status]},
     )
+
+
+def outcomes_of(sums: Sums) -> Counter[TaskStatus]:
+    return Counter({status: n for status in TaskStatus if status.terminal and (n := sums.counts[status])})
 
 
 def upright(counts: Mapping[TaskStatus, int], tall: float, height: float) -> list[Part]:
@@ -126,10 +131,14 @@ def upright(counts: Mapping[TaskStatus, int], tall: float, height: float) -> lis
     ]
 
 
-def ceiling(moment: datetime, step: float) -> datetime:
-    """The next multiple of `step` seconds, so that bars do not creep from one refresh to the next."""
-    past = moment.timestamp() % step
-    return moment + timedelta(seconds=step - past)
+def sparkline(values: Sequence[float], *, width: float, height: float) -> str:
+    """The points of a polyline; "" where there is nothing to see."""
+    peak = max(values, default=0.0)
+    if peak <= 0 or len(values) < 2:
+        return ""
+    step = width / (len(values) - 1)
+    heights = (height - 1 - value / peak * (height - 2) for value in values)
+    return " ".join(f"{place * step:.1f},{y:.1f}" for place, y in enumerate(heights))
 
 
 # -- one task's attempts

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from .. import failures
-from ..failures import masked
 from ..models import RETRYABLE, EventKind, TaskEvent, TaskFilter, TaskRecord, TaskStatus
 
 GLYPHS: Mapping[str, str] = {
@@ -434,32 +433,6 @@ def progress_share(progress: Mapping[str, Any]) -> float | None:
     if not isinstance(done, int | float) or not isinstance(total, int | float) or total <= 0:
         return None
     return min(1.0, max(0.0, done / total))
-
-
-# -- failures
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Failures of one function with one message."""
-
-    name: str
-    error: str
-    status: TaskStatus
-    n: int
-    newest: TaskRecord
-
-
-def problems(tasks: Iterable[TaskRecord], limit: int) -> list[Problem]:
-    """Failed tasks grouped, the largest group first. Numbers and ids in messages do not make a group of their own."""
-    groups: dict[tuple[str, str], list[TaskRecord]] = {}
-    for task in tasks:
-        groups.setdefault((task.func_name, masked(first_line(task.error))), []).append(task)
-    found = [
-        Problem(group[0].func_name, first_line(group[0].error), group[0].status, len(group), group[0])
-        for group in groups.values()
-    ]
-    return sorted(found, key=lambda problem: (-problem.n, -problem.newest.created_at.timestamp()))[:limit]
 
 
 FILTERS: Mapping[str, Callable[..., Any]] = {

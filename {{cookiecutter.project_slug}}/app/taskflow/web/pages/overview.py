@@ -4,68 +4,85 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from ...models import Count, InstanceRecord, TaskFilter, TaskRecord, TaskStatus
-from .. import charts, views
+from ...history import SPANS, Bar, Span, Sums, quantile
+from ...models import Count, InstanceRecord, TaskFilter, TaskStatus
+from .. import charts
 from .desk import Desk
 from .workers import is_alive
 
 NEWEST = 10
 """Tasks that are listed."""
-SAMPLE = 240
-"""Newest tasks that are drawn."""
-FAILURES = 50
-"""Newest failures that are grouped."""
-MOST_PROBLEMS = 5
+MOST_PROBLEMS = 6
 MOST_FUNCTIONS = 8
+WIDTH, HEIGHT = 720, 96
+
+SpanName = Annotated[str, Query(pattern="^(1h|24h|7d)$")]
 
 
 def add_routes(router: APIRouter, desk: Desk) -> None:
     store = desk.store
 
     @router.get("/dashboard")
-    async def overview(request: Request) -> Response:
+    async def overview(request: Request, span: SpanName = "1h") -> Response:
         seq = await desk.feed.head()
-        counts, newest, failed, instances = await asyncio.gather(
+        counts, newest, groups, instances, queues = await asyncio.gather(
             store.counts(),
-            store.page(TaskFilter(), None, SAMPLE),
-            store.page(TaskFilter(statuses=(TaskStatus.FAILED, TaskStatus.INTERRUPTED)), None, FAILURES),
+            store.page(TaskFilter(), None, NEWEST),
+            store.error_groups(limit=MOST_PROBLEMS),
             store.instances(),
+            store.queues(),
         )
+        history, names = await asyncio.gather(store.history(SPANS[span]), store.lately("name"))
         now = desk.now()
-        shown = facts(counts, newest.tasks, failed.tasks, instances, now)
-        unready = desk.site.manager.unready()
+        oldest = await store.oldest(sorted({count.queue for count in counts if count.n > count.delayed}))
         return desk.renderer.page(
-            request, "overview.html", seq=seq, now=now, unready=unready, knows=store.knows, **shown
+            request,
+            "overview.html",
+            seq=seq,
+            now=now,
+            unready=desk.site.manager.unready(),
+            knows=store.knows,
+            tasks=newest.tasks,
+            groups=groups,
+            paused=[queue for queue in queues if queue.paused],
+            span=span,
+            spans=tuple(SPANS),
+            **facts(counts, instances, history, names, oldest, SPANS[span], now),
         )
 
 
 def facts(
     counts: Sequence[Count],
-    newest: Sequence[TaskRecord],
-    failed: Sequence[TaskRecord],
     instances: Sequence[InstanceRecord],
+    history: Sequence[Bar],
+    names: Mapping[str, Sums],
+    oldest: Mapping[str, datetime],
+    span: Span,
     now: datetime,
 ) -> dict[str, Any]:
     alive = [item for item in instances if is_alive(item, now)]
+    total = Sums()
+    for bar in history:
+        total.add(bar.sums)
     return {
         "instances": alive,
         "slots": sum(item.slots for item in alive),
         "tiles": tiles(counts),
         "running": sum(count.n for count in counts if count.status is TaskStatus.RUNNING),
+        "oldest": min(oldest.values(), default=None),
         "ended": sum(count.n for count in counts if count.status.terminal),
-        "activity": charts.activity(newest, now, width=720, height=96, bars=48),
-        "tasks": newest[:NEWEST],
-        "problems": views.problems(failed, MOST_PROBLEMS),
-        "failures": len(failed),
-        "functions": functions(counts)[:MOST_FUNCTIONS],
+        "chart": charts.throughput(history, span.step.total_seconds(), width=WIDTH, height=HEIGHT),
+        "p95_wait": quantile(total.wait, 0.95),
+        "p95_run": quantile(total.run, 0.95),
+        "functions": functions(counts, names)[:MOST_FUNCTIONS],
     }
 
 
@@ -90,24 +107,23 @@ class FunctionRow:
     name: str
     total: int
     by_status: Counter[TaskStatus]
-    mean_seconds: float | None
+    p95: float | None
+    """Seconds that 95 % of its attempts of this hour and the last did not exceed."""
     parts: Sequence[charts.Part]
 
 
-def functions(counts: Iterable[Count]) -> list[FunctionRow]:
-    """Task functions with what became of their tasks, the most used first."""
+def functions(counts: Iterable[Count], names: Mapping[str, Sums]) -> list[FunctionRow]:
+    """Task functions with what became of their tasks, the slowest of late first, then the most used."""
     by_name: dict[str, list[Count]] = {}
     for count in counts:
         by_name.setdefault(count.name, []).append(count)
-    rows = [function_row(name, found) for name, found in by_name.items()]
-    return sorted(rows, key=lambda row: (-row.total, row.name))
+    rows = [function_row(name, found, names.get(name)) for name, found in by_name.items()]
+    return sorted(rows, key=lambda row: (-(row.p95 or 0.0), -row.total, row.name))
 
 
-def function_row(name: str, counts: Sequence[Count]) -> FunctionRow:
+def function_row(name: str, counts: Sequence[Count], lately: Sums | None) -> FunctionRow:
     by_status: Counter[TaskStatus] = Counter()
     for count in counts:
         by_status[count.status] += count.n
-    ended = [count for count in counts if count.status in (TaskStatus.SUCCESS, TaskStatus.FAILED)]
-    n = sum(count.n for count in ended)
-    mean = sum(count.seconds for count in ended) / n if n else None
-    return FunctionRow(name, by_status.total(), by_status, mean, charts.stacked(by_status, 100.0, smallest=2.0))
+    p95 = quantile(lately.run, 0.95) if lately else None
+    return FunctionRow(name, by_status.total(), by_status, p95, charts.stacked(by_status, 100.0, smallest=2.0))

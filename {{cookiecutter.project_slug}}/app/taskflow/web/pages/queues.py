@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 
 from ...errors import QueueNotFound
+from ...history import Bar
 from ...models import Count, EventKind, QueueState, TaskEvent, TaskStatus
+from .. import charts
 from ..auth import actor_of
 from ..html import form_of
 from ..records import detail_object
@@ -30,8 +33,9 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     @router.get("/dashboard/queues")
     async def queues(request: Request, name: Annotated[str, Query(max_length=512)] = "") -> Response:
         seq = await desk.feed.head()
-        states, counts = await asyncio.gather(store.queues(), store.counts())
-        rows = facts(states, counts)
+        states, counts, history = await asyncio.gather(store.queues(), store.counts(), store.histories("queue"))
+        oldest = await store.oldest([state.name for state in states if state.pending])
+        rows = facts(states, counts, history, oldest)
         if not name:
             return desk.renderer.page(request, "queues.html", seq=seq, now=desk.now(), queues=rows)
         row = next((row for row in rows if row.state.name == name), None)
@@ -78,6 +82,10 @@ class QueueRow:
     failed: int
     """Of those that have ended."""
     ended: int
+    spark: str
+    """Of what ended in the last hour."""
+    oldest: datetime | None
+    """Since when the one that waits longest could have started."""
 
     @property
     def busy(self) -> float:
@@ -85,14 +93,28 @@ class QueueRow:
         return min(1.0, self.state.running / self.state.concurrency) if self.state.concurrency else 0.0
 
 
-def facts(states: Iterable[QueueState], counts: Sequence[Count]) -> list[QueueRow]:
-    return [queue_row(state, [count for count in counts if count.queue == state.name]) for state in states]
+def facts(
+    states: Iterable[QueueState],
+    counts: Sequence[Count],
+    history: Mapping[str, Sequence[Bar]],
+    oldest: Mapping[str, datetime],
+) -> list[QueueRow]:
+    return [
+        queue_row(state, [count for count in counts if count.queue == state.name], history, oldest) for state in states
+    ]
 
 
-def queue_row(state: QueueState, counts: Sequence[Count]) -> QueueRow:
+def queue_row(
+    state: QueueState,
+    counts: Sequence[Count],
+    history: Mapping[str, Sequence[Bar]],
+    oldest: Mapping[str, datetime],
+) -> QueueRow:
     ended = sum(count.n for count in counts if count.status in (TaskStatus.SUCCESS, TaskStatus.FAILED))
     failed = sum(count.n for count in counts if count.status is TaskStatus.FAILED)
-    return QueueRow(state, sum(count.delayed for count in counts), failed, ended)
+    done = [float(bar.sums.ended) for bar in history.get(state.name, ())]
+    spark = charts.sparkline(done, width=80, height=20)
+    return QueueRow(state, sum(count.delayed for count in counts), failed, ended, spark, oldest.get(state.name))
 
 
 @dataclass(frozen=True, slots=True)
