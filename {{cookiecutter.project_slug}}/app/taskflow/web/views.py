@@ -355,8 +355,10 @@ def event_detail(event: TaskEvent) -> str:
         facts = json.loads(detail)
     except ValueError:
         return detail
-    if not isinstance(facts, dict):
-        return detail
+    return facts_words(facts) if isinstance(facts, dict) else detail
+
+
+def facts_words(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value is not None)
 
 

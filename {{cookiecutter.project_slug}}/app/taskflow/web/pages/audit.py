@@ -10,10 +10,11 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
-from ...models import AuditFilter, TaskEvent
+from ...models import AuditFilter, EventKind, TaskEvent
 from .. import csv, records, views
 from ..html import HEADERS
 from .desk import Desk
+from .queues import difference
 
 PAGE_SIZE = 50
 MOST_EXPORTED = 10_000
@@ -83,6 +84,8 @@ class Act:
     subject: str
     """What it was done to, in words; "" where that is a task, which is a link."""
     detail: str
+    """What it changed, from what to what, and its numbers."""
+    why: str
 
 
 def facts(events: Sequence[TaskEvent]) -> list[Act]:
@@ -91,9 +94,12 @@ def facts(events: Sequence[TaskEvent]) -> list[Act]:
 
 def act(event: TaskEvent) -> Act:
     action = records.ACTIONS.get(event.kind, event.kind).replace("_", " ")
+    about = dict(records.detail_object(event.detail))
+    after = about.get("after")
+    why = about.pop("reason", None) or about.pop("note", None) or (after or {}).get("reason")
+    if event.kind == EventKind.DISMISSED:
+        why = about.pop("message", "")
     kind, colon, name = event.task_id.partition(":")
-    if colon:
-        return Act(event, action, f"{kind} {name}", views.event_detail(event))
-    about = records.detail_object(event.detail)
-    queue = about.get("queue")
-    return Act(event, action, f"queue {queue}" if queue else "", views.event_detail(event))
+    subject = f"{kind} {name}" if colon else f"queue {about['queue']}" if about.get("queue") else ""
+    words = difference(about.get("before"), after) if after else views.facts_words(about)
+    return Act(event, action, subject, words, str(why or ""))
