@@ -14,7 +14,7 @@ import logging
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from io import TextIOWrapper
@@ -165,10 +165,12 @@ async def show_task(manager: TaskManager, options: argparse.Namespace) -> None:
         record = await manager.store.get(options.task_id)
         events = await manager.store.events(options.task_id)
         logs = await manager.store.logs(options.task_id, limit=MOST_LOG_LINES)
+        why = await manager.store.why(record)
     if options.json:
         say_json(records.task_record(manager.store, record, logs))
         return
     say(table(facts_of(record, records.returned(manager.store, record, listed=True))))
+    say(f"waits: {reason}" for reason in why)
     entries: list[TaskEvent | LogEntry] = [*events, *logs]
     say(["", *table([history_of(entry) for entry in sorted(entries, key=lambda entry: entry.time)])])
     if record.stacktrace:
@@ -293,7 +295,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
 
 
-def say(lines: Sequence[str]) -> None:
+def say(lines: Iterable[str]) -> None:
     """A terminal would break a line that is longer than it is wide; a file or a pipe gets it whole."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in lines:

@@ -25,12 +25,11 @@ from .errors import BackendUnavailable, TaskflowError
 from .journal import Journal
 from .leases import LOOKS_PER_LEASE, Watch
 from .loops import Loop, until
-from .models import Cursor, QueueConfig, TaskFilter, TaskStatus
+from .models import LEASE_SECONDS, Cursor, QueueConfig, TaskFilter, TaskStatus
 from .store import TaskStore
 
 logger = logging.getLogger("taskflow")
 
-LEASE_SECONDS = 30.0
 BEATS_PER_LEASE = 3
 BEAT_RETRY = 1.0
 """Seconds between heartbeats while they fail."""
@@ -104,8 +103,10 @@ class Heartbeat:
         dispatcher: Dispatcher,
         *,
         clock: Callable[[], datetime],
+        runs_tasks: bool = True,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
+        self._runs_tasks = runs_tasks
         self._lease_seconds = lease_seconds
         self._backend = backend
         self._me = me
@@ -128,8 +129,9 @@ class Heartbeat:
         """Raises BackendUnavailable."""
         began, now = monotonic(), self._clock()
         lease_until = now + timedelta(seconds=self._lease_seconds)
+        slots = self._dispatcher.slots if self._runs_tasks else 0
         try:
-            self._backend.beat(self._me, Beat(now, lease_until, self._dispatcher.slots, self._dispatcher.running))
+            self._backend.beat(self._me, Beat(now, lease_until, slots, self._dispatcher.running))
         except BaseException:
             self._failing = True
             self.failures += 1
@@ -196,7 +198,9 @@ class Housekeeping:
         self._runs_tasks = runs_tasks
         self.introduced = asyncio.Event()
         """Set once this instance is known to the others, and may claim."""
-        self.heartbeat = Heartbeat(backend, me, dispatcher, clock=clock, lease_seconds=lease_seconds)
+        self.heartbeat = Heartbeat(
+            backend, me, dispatcher, clock=clock, runs_tasks=runs_tasks, lease_seconds=lease_seconds
+        )
         self._look_interval = min(RESCUE_INTERVAL, lease_seconds / LOOKS_PER_LEASE)
         self._watch = Watch(lease_seconds, self._look_interval)
         self.rescued = 0

@@ -32,11 +32,12 @@ from .errors import TaskflowError
 from .executors import AsyncExecutor, Executor, ThreadExecutor
 from .history import Book
 from .host import install_error_handlers, join_lifespan
-from .housekeeping import LEASE_SECONDS, Housekeeping, introduce
+from .housekeeping import Housekeeping, introduce
 from .journal import Journal
 from .loggers import FileLogger
 from .models import (
     DEFAULT_QUEUE,
+    LEASE_SECONDS,
     ExecutorKind,
     QueueConfig,
     RetryOn,

@@ -23,6 +23,8 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LAST_MICROS = 253_402_128_000_000_000
 """Where the calendar ends, less two days, so that every zone can show it."""
 DEFAULT_QUEUE = "default"
+LEASE_SECONDS = 30.0
+"""How long an instance that does not beat is taken for alive."""
 MOST_RETRIES = 1_000_000
 
 
@@ -434,6 +436,9 @@ class InstanceRecord:
     heartbeat: datetime
     slots: int
     running: int
+
+    def alive(self, now: datetime) -> bool:
+        return now - self.heartbeat < timedelta(seconds=LEASE_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from uuid import UUID, uuid5
 
 import uuid_utils
 
-from . import codec
+from . import codec, waits
 from .backends.base import (
     EVERY_ACT,
     Backend,
@@ -388,6 +388,23 @@ class TaskStore:
     ) -> Sequence[ErrorGroup]:
         """Failures by their cause, the last to fail first; below a (last_at, key)."""
         return await self._backend.groups(dismissed=dismissed, before=before, limit=limit)
+
+    async def why(self, task: TaskRecord) -> list[str]:
+        """Why a pending task does not start, in words; nothing where it is simply next."""
+        if task.status is not TaskStatus.PENDING:
+            return []
+        queues, instances = await asyncio.gather(self.queues(), self.instances())
+        now = self._clock()
+        alive = [item for item in instances if item.alive(now)]
+        facts = waits.Facts(
+            now=now,
+            known=self.knows(task.func_name),
+            queue=next((queue for queue in queues if queue.name == task.queue), None),
+            instances=len(alive),
+            busy=sum(item.running for item in alive),
+            slots=sum(item.slots for item in alive),
+        )
+        return waits.reasons(task, facts)
 
     async def history(self, span: Span, kind: Kind = "all", series: str = "") -> list[Bar]:
         """What was done in a part of the past, bar by bar: of everything, or of one queue or name."""

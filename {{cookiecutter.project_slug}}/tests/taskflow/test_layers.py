@@ -18,6 +18,7 @@ ORDER = [
     "objects",
     "cipher",
     "retry",
+    "waits",
     "ticks",
     "dependencies",
     "arguments",

@@ -16,7 +16,6 @@ from ...history import SPANS, Bar, Span, Sums, quantile
 from ...models import Count, InstanceRecord, TaskFilter, TaskStatus
 from .. import charts
 from .desk import Desk
-from .workers import is_alive
 
 NEWEST = 10
 """Tasks that are listed."""
@@ -68,7 +67,7 @@ def facts(
     span: Span,
     now: datetime,
 ) -> dict[str, Any]:
-    alive = [item for item in instances if is_alive(item, now)]
+    alive = [item for item in instances if item.alive(now)]
     total = Sums()
     for bar in history:
         total.add(bar.sums)

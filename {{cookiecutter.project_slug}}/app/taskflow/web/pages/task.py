@@ -32,10 +32,11 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
         seq = await desk.feed.head()
         task = await store.get(checked_id(task_id))
         events, logs = await asyncio.gather(store.events(task_id), store.logs(task_id, 0, MOST_LOG_LINES))
-        now = desk.now()
+        now, why = desk.now(), await store.why(task)
         return desk.renderer.page(
             request,
             "task.html",
+            why=why,
             seq=seq,
             now=now,
             task=task,

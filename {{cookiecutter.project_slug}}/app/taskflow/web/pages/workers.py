@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from ...housekeeping import LEASE_SECONDS
 from ...models import InstanceRecord
 from .desk import Desk
 
@@ -23,10 +22,6 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
         rows = facts(await desk.store.instances(), now)
         me = desk.site.manager.instance_id
         return desk.renderer.page(request, "workers.html", seq=seq, now=now, workers=rows, me=me)
-
-
-def is_alive(instance: InstanceRecord, now: datetime) -> bool:
-    return now - instance.heartbeat < timedelta(seconds=LEASE_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +38,8 @@ class Worker:
 
 def facts(instances: Sequence[InstanceRecord], now: datetime) -> list[Worker]:
     """Those alive first, the newest first among them."""
-    alive = [item for item in instances if is_alive(item, now)]
+    alive = [item for item in instances if item.alive(now)]
     versions = Counter(item.version for item in alive)
     usual = versions.most_common(1)[0][0] if versions else ""
-    rows = [Worker(item, is_alive(item, now), item.version != usual) for item in instances]
+    rows = [Worker(item, item.alive(now), item.version != usual) for item in instances]
     return sorted(rows, key=lambda row: (not row.alive, -row.instance.started.timestamp()))
