@@ -39,8 +39,9 @@ def chromium_path() -> str | None:
     return named or next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """For one module: while it is there, its own event loop runs in this thread, and no test can start another."""
     path = chromium_path()
     if path is None:
         if os.environ.get("TASKFLOW_BROWSER") == "required":
