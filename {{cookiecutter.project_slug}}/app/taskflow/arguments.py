@@ -53,6 +53,11 @@ class Arguments:
         positions = [at for at, field in enumerate(fields, 1) if self._is_filled(field) and is_positional(field)]
         self._least = max(positions, default=0)
 
+    @property
+    def signature(self) -> inspect.Signature:
+        """Without what is injected."""
+        return self._signature
+
     def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The stored form of a call, checked against the signature. Raises TaskArgumentError."""
         for name in self._injected & kwargs.keys():

@@ -102,6 +102,7 @@ class EventKind(StrEnum):
     RESUME_QUEUE = "resume_queue"
     DISMISSED = "dismissed"  # no transition: somebody has seen to a FAILED task, and says why
     RESTORED = "restored"  # no transition: it was not seen to after all
+    RUN_BY_HAND = "run_by_hand"  # no transition: an operator made the task, with arguments of their own
     BULK_RETRY = "bulk_retry"  # of many tasks, by an operator
     BULK_CANCEL = "bulk_cancel"
     BULK_DISMISS = "bulk_dismiss"

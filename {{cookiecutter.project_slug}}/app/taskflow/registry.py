@@ -54,6 +54,11 @@ class TaskDefinition:
         return self.config.retries + 1
 
     @property
+    def signature(self) -> inspect.Signature:
+        """The parameters that are arguments."""
+        return self.arguments.signature if isinstance(self.arguments, Arguments) else inspect.Signature()
+
+    @property
     def needs_only_a_thread(self) -> bool:
         """True when nothing but the function itself has to happen: no timeout to watch, no dependency to resolve."""
         return self.executor == "thread" and self.config.timeout is None and self.dependencies is None

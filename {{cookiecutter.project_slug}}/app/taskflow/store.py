@@ -555,6 +555,39 @@ class TaskStore:
         place = Place(draft.task_id, draft.name, "arguments", draft.created_at)
         return draft._replace(arguments=self._cipher.seal(arguments, place))
 
+    def functions(self) -> list[str]:
+        """The names of the tasks that this process can run."""
+        return sorted(definition.name for definition in self._registry)
+
+    def definition(self, name: str) -> TaskDefinition:
+        """Raises UnknownFunction."""
+        return self._registry.named(name)
+
+    async def run_by_hand(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        actor: str,
+        *,
+        like: TaskRecord | None = None,
+        changed: Sequence[str] = (),
+    ) -> str:
+        """The id of a new task with these arguments, checked as any caller's; otherwise as another one, if it is like
+        that. The audit says which arguments were changed, and not to what.
+
+        Raises UnknownFunction, TaskArgumentError, QueueFullError, BackendUnavailable.
+        """
+        definition = self._registry.named(name)
+        options = NO_OPTIONS if like is None else AddOptions(tags=like.tags, priority=like.priority, queue=like.queue)
+        draft = self._drafted(definition, definition.encode(args, kwargs), options)
+        if like is not None:
+            draft = draft._replace(retry_of=like.task_id)
+        await self.accept([draft])
+        detail = {"func_name": name, "like": like.task_id if like else None, "changed": list(changed)}
+        await self._journal.obey(Note(EventKind.RUN_BY_HAND, actor, detail, draft.task_id))
+        return draft.task_id
+
     async def retry_many(self, task_ids: Sequence[str], actor: str | None = None) -> Retried:
         """Retries those that can be, each once; one entry in the audit."""
         unique = list(dict.fromkeys(task_ids))

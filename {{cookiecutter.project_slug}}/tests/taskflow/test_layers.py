@@ -23,6 +23,7 @@ ORDER = [
     "dependencies",
     "arguments",
     "registry",
+    "forms",
     "context",
     "tracing",
     "loops",

@@ -41,6 +41,7 @@ EVENT_WORDS: Mapping[str, tuple[str, str]] = {
     EventKind.REQUEUED: ("Queued again", "pending"),
     EventKind.DISMISSED: ("Dismissed", "cancelled"),
     EventKind.RESTORED: ("Restored to the dead letters", "failed"),
+    EventKind.RUN_BY_HAND: ("Run by hand", "pending"),
     EventKind.COPIED: ("Retried as a new task", "pending"),
     EventKind.MOVED: ("Given another time", "pending"),
     EventKind.RUN_SCHEDULE: ("Its schedule was run by hand", "pending"),

@@ -13,10 +13,10 @@ from fastapi.responses import Response
 from ..html import Renderer, page_route
 from ..site import Site
 from ..stream import Feed
-from . import audit, bulk, dead, overview, queues, schedules, task, tasks, workers
+from . import audit, bulk, dead, overview, queues, run, schedules, task, tasks, workers
 from .desk import Desk
 
-SCREENS = (overview, bulk, tasks, task, queues, schedules, workers, dead, audit)
+SCREENS = (overview, bulk, run, tasks, task, queues, schedules, workers, dead, audit)
 
 
 def pages_router(site: Site, feed: Feed, renderer: Renderer) -> APIRouter:
