@@ -13,7 +13,7 @@ run: .venv/.ready
 	@$(MAKE) --no-print-directory -C build/task-service run PORT=$(PORT) UV='$(abspath $(UV))'
 
 test: .venv/.ready
-	cd '$(PROJECT)' && '$(CURDIR)/.venv/bin/python' -m pytest -n 2
+	cd '$(PROJECT)' && TASKFLOW_TESTS=all '$(CURDIR)/.venv/bin/python' -m pytest -n 2
 	.venv/bin/python -m pytest -n 2
 
 check: .venv/.ready

@@ -4,6 +4,7 @@ Standard library only, offline, safe to run again. Nothing here may fail for a v
 project when a hook fails. A path in the tables that does not exist is a defect of the template and does fail.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -53,6 +54,9 @@ SERVERS = {
         "docker run --rm -p 127.0.0.1:5432:5432 -e POSTGRES_HOST_AUTH_METHOD=trust postgres:18",
     ),
 }
+
+# The same bytes in every project.
+VENDORED = ("app/taskflow", "tests/taskflow", "tools")
 
 # What tools leave behind when they run inside the template directory.
 CACHES = frozenset({"__pycache__", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
@@ -121,16 +125,39 @@ def git(*arguments: str, cwd: str = ".") -> str | None:
     return done.stdout.strip()
 
 
-def record_provenance() -> None:
-    """Writes what `cruft check`, `cruft diff` and `cruft update` read, when the template came from a git remote."""
+def origin() -> tuple[str, str]:
+    """The template's remote and commit; nothing where it is no unchanged clone of one."""
     template = str(ANSWERS["_repo_dir"])
     if git("rev-parse", "--show-prefix", cwd=template) != "" or git("status", "--porcelain", cwd=template) != "":
-        return
+        return "", ""
     remote = git("remote", "get-url", "origin", cwd=template)
     commit = git("rev-parse", "HEAD", cwd=template)
-    if remote and commit:
-        text = json.dumps(provenance(without_credentials(remote), commit), ensure_ascii=False, indent=2)
+    return (without_credentials(remote), commit) if remote and commit else ("", "")
+
+
+def record_provenance() -> None:
+    """Writes what `cruft check`, `cruft diff` and `cruft update` read, when the template came from a git remote; and
+    the checksums of what is vendored, for `tools/upstream.py`."""
+    remote, commit = origin()
+    if remote:
+        text = json.dumps(provenance(remote, commit), ensure_ascii=False, indent=2)
         Path(".cruft.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+    stores = [ANSWERS["backend"]] if ANSWERS["backend"] in SERVERS else []
+    lines = [
+        "# What was taken from the template; `tools/upstream.py` reads and writes it.",
+        f"template = {json.dumps(remote)}",
+        f"commit = {json.dumps(commit)}",
+        f"stores = {json.dumps(stores)}",
+        "",
+        "[files]",
+        *(f'"{path}" = "{digest}"' for path, digest in vendored()),
+    ]
+    Path("app/taskflow/UPSTREAM.toml").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def vendored() -> list[tuple[str, str]]:
+    paths = sorted(path.as_posix() for tree in VENDORED for path in files_below(Path(tree)))
+    return [(path, hashlib.sha256(Path(path).read_bytes()).hexdigest()) for path in paths]
 
 
 def provenance(remote: str, commit: str) -> dict[str, Any]:
@@ -175,6 +202,7 @@ def next_steps(own_repository: bool) -> str:
             "",
             *server_lines(),
             "  Your tasks go in app/tasks.py. The task system is app/taskflow/: yours to edit.",
+            "  uv run tools/upstream.py status   shows your edits; update takes newer versions.",
             "",
         ]
     )

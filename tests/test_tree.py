@@ -25,6 +25,7 @@ EDGES = {
     "README.md",
     "pyproject.toml",
     "zensical.toml",
+    "app/taskflow/UPSTREAM.toml",
 }
 DOCKER = {"Dockerfile", "compose.yaml", ".dockerignore"}
 GITHUB = {".github/workflows/ci.yml"}
@@ -44,7 +45,9 @@ URLS = {"sqlite": "sqlite:", "redis": "redis:", "postgres": "postgresql:"}
 
 def copied_trees() -> dict[str, bytes]:
     """The Jinja-free files: the same bytes in every project."""
-    listed = git(ROOT / PROJECT, "ls-files", "-co", "--exclude-standard", "-z", "app", "docs", "tests").split("\0")
+    listed = git(ROOT / PROJECT, "ls-files", "-co", "--exclude-standard", "-z", "app", "docs", "tests", "tools").split(
+        "\0"
+    )
     return {path: (ROOT / PROJECT / path).read_bytes() for path in listed if path and (ROOT / PROJECT / path).exists()}
 
 

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 import pytest
 from fastapi.testclient import TestClient
 
+from .taskflow.selection import pytest_configure, pytest_ignore_collect
 from .taskflow.servers import own_location
+
+__all__ = ["client", "pytest_configure", "pytest_ignore_collect"]
 
 # Before the first import of the app: its tasks must never be written to the development database.
 os.environ["TASKFLOW_URL"] = own_location()
