@@ -68,7 +68,7 @@ def test_the_task_systems_tests_need_no_other_driver(
     """All are imported, and those of the contract would run on the backend; they did where the template is tested."""
     project = template.bake_quickly(tmp_path, backend=backend)
     python = [str(environment / "bin/python"), "-m", "pytest", "-q"]
-    listed = run([*python, "--collect-only"], project)
+    listed = run([*python, "--collect-only"], project, TASKFLOW_TESTS="all")
     assert set(re.findall(r"conformance\.py::\w+\[(sqlite|redis|postgres)\b", listed)) == {"sqlite", backend}
     files = [
         "tests/taskflow/test_layers.py",
