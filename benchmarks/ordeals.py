@@ -221,7 +221,8 @@ def clocks(ordeal: Ordeal) -> None:
     ordeal.start(long=True)
     for offset in ("3600", "-3600", "0"):
         time.sleep(15)
-        clock_file.write_text(offset)
+        (stepped := clock_file.with_suffix(".next")).write_text(offset)
+        stepped.replace(clock_file)  # whole, whenever it is read
     ordeal.settle(LONG + LEASE)
 
 
