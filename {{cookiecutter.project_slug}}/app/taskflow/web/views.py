@@ -81,6 +81,7 @@ def parse_time(text: str) -> datetime:
 # -- schedules in words
 
 DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+ONE = {1.0: "second", 60.0: "minute", 3_600.0: "hour", 86_400.0: "day"}
 EVERY_SECONDS = re.compile(r"every ([0-9.]+) s")
 NUMBER, STEP = re.compile(r"\d{1,2}"), re.compile(r"\*/(\d{1,2})")
 
@@ -88,7 +89,7 @@ NUMBER, STEP = re.compile(r"\d{1,2}"), re.compile(r"\*/(\d{1,2})")
 def trigger_words(text: str) -> str:
     """A schedule's trigger as people say it; as it is written where there are no shorter words for it."""
     if found := EVERY_SECONDS.fullmatch(text):
-        return f"every {seconds(float(found[1]))}".replace("every 1 ", "every ")
+        return f"every {ONE.get(float(found[1])) or seconds(float(found[1]))}"
     fields = text.split()
     if len(fields) != 5 or fields[3] != "*":
         return text

@@ -139,6 +139,8 @@ def difference(before: object, after: object) -> str:
     """`concurrency 5 → 20`, for each column that was set."""
     if not isinstance(before, dict) or not isinstance(after, dict):
         return ""
+    if "paused" in after:  # which some stores keep as a number
+        before, after = ({**facts, "paused": bool(facts.get("paused"))} for facts in (before, after))
     return ", ".join(
         f"{column.replace('_', ' ')} {limit_words(before.get(column))} → {limit_words(value)}"
         for column, value in after.items()
