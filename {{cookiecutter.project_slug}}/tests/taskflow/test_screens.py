@@ -79,7 +79,9 @@ def test_a_change_says_from_what_to_what(before: object, after: object, words: s
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("every 60 s", "every minute"),
         ("every 90 s", "every 1 m 30 s"),
+        ("every 0.5 s", "every 500 ms"),
         ("every 300 s", "every 5 m"),
         ("0 3 * * *", "every day at 03:00"),
         ("30 8 * * 1-5", "every weekday at 08:30"),
