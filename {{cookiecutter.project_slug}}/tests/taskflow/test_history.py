@@ -30,7 +30,7 @@ from app.taskflow.recorder import latest
 from app.taskflow.testing import drain
 
 from .conftest import StartManager
-from .helpers import START, Bench, make_finish
+from .helpers import START, Bench, eventually, make_finish
 
 pytestmark = pytest.mark.anyio
 NOW = datetime(2026, 3, 1, 12, 34, 56, tzinfo=UTC)
@@ -182,12 +182,14 @@ async def test_what_was_done_is_in_the_charts_also_after_a_restart(start_manager
     for name in ("works", "works", "fails"):
         await first.enqueue(first.registry.named(name).function)
     await drain(first)
+    await eventually(lambda: sum(sums.ended for sums in first.book.totals.values()) == 3)  # the book hears of it last
     await first.recorder.sample()
     await first.shutdown()
 
     second = await start_manager(define)
     await second.enqueue(second.registry.named("works").function)
     await drain(second)
+    await eventually(lambda: sum(sums.ended for sums in second.book.totals.values()) == 1)
     await second.recorder.write()
     for span in SPANS.values():
         total = Sums()

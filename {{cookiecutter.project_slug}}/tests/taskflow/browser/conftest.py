@@ -21,7 +21,7 @@ import axe_playwright_python  # type: ignore[import-untyped]
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from app.taskflow import TaskAdmin, TaskManager
 
@@ -32,6 +32,11 @@ AXE = next(Path(axe_playwright_python.__file__).parent.rglob("axe.min.js")).read
 REPORT = "console.error('CSP', e.violatedDirective, e.blockedURI)"
 RULES = ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa"]
 MISSING = "there is no Chromium on PATH, and CHROMIUM= names none"
+
+
+PATIENCE = 20_000
+"""Milliseconds, on a machine that does other things as well."""
+expect.set_options(timeout=PATIENCE)
 
 
 def chromium_path() -> str | None:
@@ -143,7 +148,7 @@ def open_tab(browser: Browser) -> Iterator[Callable[..., Tab]]:
 
     def open_tab(**options: Any) -> Tab:
         contexts.append(browser.new_context(**options))
-        contexts[-1].set_default_timeout(10_000)
+        contexts[-1].set_default_timeout(PATIENCE)
         return Tab(contexts[-1].new_page())
 
     yield open_tab
