@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
-from .backends.base import Claimed, Finish, GaugeRow, TurnResult
-from .models import EventKind, TaskStatus, from_micros, to_micros
+from .backends.base import Finish, GaugeRow, TurnResult
+from .models import EPOCH, EventKind, TaskStatus, from_micros, to_micros
 
 Kind = Literal["all", "queue", "name"]
 Series = tuple[Kind, str]
@@ -100,59 +100,92 @@ def loads(text: str) -> Sums:
 
 
 class Book:
-    """What this instance adds up. `turned` is a listener of the journal, `rows` is what is to be stored."""
+    """What this instance adds up. `turned` is a listener of the journal, `rows` is what is to be stored.
+
+    Every task goes through `turned`, so it adds to one sum only, of its queue and name in the present ten seconds; to
+    what else that belongs is seen to when they are over, or when somebody asks.
+    """
 
     def __init__(self) -> None:
+        self._fresh: dict[tuple[str, str], Sums] = {}
+        """(queue, name) -> what has happened since `_settle`, all in one of the smallest buckets."""
+        self._ends = EPOCH
+        """When that bucket is over."""
         self._open: dict[int, tuple[int, dict[Series, Sums]]] = {}
         """Seconds of a bucket -> when the present one began, and its sums."""
         self._changed: dict[tuple[int, int, Series], Sums] = {}
         self._names: dict[Kind, set[str]] = {"queue": set(), "name": set()}
-        self.totals: dict[tuple[str, str], Sums] = {}
+        self._totals: dict[tuple[str, str], Sums] = {}
+
+    @property
+    def totals(self) -> Mapping[tuple[str, str], Sums]:
         """(queue, name) -> all since the process began."""
+        self._settle()
+        return self._totals
 
     def turned(self, finishes: Sequence[Finish], result: TurnResult) -> None:
-        for task in result.claimed:
-            self._started(task)
+        refused = result.refused
         for finish in finishes:
-            if finish.task.attempt_id not in result.refused:
-                self._ended(finish)
+            if finish.kind != EventKind.RETURNED and (not refused or finish.task.attempt_id not in refused):
+                task, at = finish.task, finish.at
+                sums = self._sums(task.queue, task.name, at)
+                ran = max(0.0, (at - task.started_at).total_seconds())
+                outcome = "retried" if finish.run_at is not None else finish.status.value
+                sums.counts[outcome] += 1
+                sums.run[bisect_left(BOUNDS, ran)] += 1
+                sums.run_seconds += ran
+        for task in result.claimed:
+            started_at = task.started_at
+            sums = self._sums(task.queue, task.name, started_at)
+            waited = max(0.0, (started_at - (task.due_at or task.created_at)).total_seconds())
+            sums.counts["started"] += 1
+            sums.wait[bisect_left(BOUNDS, waited)] += 1
+            sums.wait_seconds += waited
 
     def sampled(self, now: datetime, levels: Mapping[Series, Mapping[str, float]]) -> None:
+        self._roll(now)
         for series, found in levels.items():
-            for sums in self._at(now, [series]):
+            for sums in self._at([series]):
                 sums.levels.update(found)
 
     def rows(self) -> list[GaugeRow]:
         """What has changed since the last time."""
+        self._settle()
         changed, self._changed = self._changed, {}
         return [
             GaugeRow(size, start * 1_000_000, *series, sums.dumps()) for (size, start, series), sums in changed.items()
         ]
 
-    def _started(self, task: Claimed) -> None:
-        waited = max(0.0, (task.started_at - (task.due_at or task.created_at)).total_seconds())
-        bucket = bucket_of(waited)
-        for sums in self._of(task, task.started_at):
-            sums.counts["started"] += 1
-            sums.wait[bucket] += 1
-            sums.wait_seconds += waited
+    def _sums(self, queue: str, name: str, moment: datetime) -> Sums:
+        if moment >= self._ends:
+            self._roll(moment)
+        pair = (queue, name)
+        found = self._fresh.get(pair)
+        if found is None:
+            found = self._fresh[pair] = Sums()
+        return found
 
-    def _ended(self, finish: Finish) -> None:
-        task = finish.task
-        ran = max(0.0, (finish.at - task.started_at).total_seconds())
-        bucket = bucket_of(ran)
-        outcome = "retried" if finish.kind == EventKind.RETRYING else finish.status.value
-        for sums in self._of(task, finish.at):
-            sums.counts[outcome] += 1
-            sums.run[bucket] += 1
-            sums.run_seconds += ran
+    def _roll(self, moment: datetime) -> None:
+        """Goes on to the buckets that a moment falls into. What comes late counts in the present ones."""
+        self._settle()
+        second = to_micros(moment) // 1_000_000
+        for size in KEPT:
+            start = second - second % size
+            known = self._open.get(size)
+            if known is None or start > known[0]:
+                self._open[size] = (start, {})
+        smallest = min(KEPT)
+        self._ends = max(self._ends, from_micros((self._open[smallest][0] + smallest) * 1_000_000))
 
-    def _of(self, task: Claimed, moment: datetime) -> list[Sums]:
-        found = self._at(moment, [WHOLE, self._known("queue", task.queue), self._known("name", task.name)])
-        pair = (task.queue, task.name)
-        if pair not in self.totals and len(self.totals) >= MOST_SERIES:
-            pair = (OTHERS, OTHERS)
-        return [*found, self.totals.setdefault(pair, Sums())]
+    def _settle(self) -> None:
+        fresh, self._fresh = self._fresh, {}
+        for (queue, name), sums in fresh.items():
+            for other in self._at([WHOLE, self._known("queue", queue), self._known("name", name)]):
+                other.add(sums)
+            pair = (queue, name)
+            if pair not in self._totals and len(self._totals) >= MOST_SERIES:
+                pair = (OTHERS, OTHERS)
+            self._totals.setdefault(pair, Sums()).add(sums)
 
     def _known(self, kind: Kind, name: str) -> Series:
         names = self._names[kind]
@@ -162,20 +195,16 @@ class Book:
             names.add(name)
         return kind, name
 
-    def _at(self, moment: datetime, series: Iterable[Series]) -> list[Sums]:
-        """The sums of the buckets that a moment falls into, or of the present ones where its own are written."""
-        second = to_micros(moment) // 1_000_000
+    def _at(self, series: Iterable[Series]) -> list[Sums]:
+        """The sums of the present buckets of every size."""
         found = []
-        for size in KEPT:
-            start = second - second % size
-            known = self._open.get(size)
-            if known is None or start > known[0]:
-                known = self._open[size] = (start, {})
-            start, sums = known
+        for size, (start, sums) in self._open.items():
             for one in series:
-                one_sums = sums.get(one) or sums.setdefault(one, Sums())
-                self._changed[size, start, one] = one_sums
-                found.append(one_sums)
+                known = sums.get(one)
+                if known is None:
+                    known = sums[one] = Sums()
+                self._changed[size, start, one] = known
+                found.append(known)
         return found
 
 
