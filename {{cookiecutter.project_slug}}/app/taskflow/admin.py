@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ from .web.login import login_router
 from .web.operations import operations_router
 from .web.pages import pages_router
 from .web.pages.preferences import preferences_router
+from .web.redaction import Redaction, words_of
 from .web.schedules import schedules_router
 from .web.site import Site
 from .web.stream import Feed, stream_router
@@ -129,7 +130,8 @@ class TaskAdmin:
     comes later; routes that ask for none are left alone once the app has started. `auth` is a (username, password), a
     list of them, or a `TaskAuthBackend`; without it the admin answers this machine only, and not at all in production.
     `token_expiry` is the seconds a login lasts, `secret_key` signs it: give all processes the same. `poll_interval` is
-    the seconds after which an open page refreshes itself although it was told of no change.
+    the seconds after which an open page refreshes itself although it was told of no change. `redact` names arguments
+    and keys whose values are shown to nobody, besides passwords, tokens and the like (`web/redaction.py`).
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class TaskAdmin:
         title: str = "Taskflow",
         retention_days: float | None = None,
         environment: str = "development",
+        redact: Iterable[str] = (),
     ) -> None:
         """Raises TaskDefinitionError where a setting cannot be, or is not safe in production."""
         check_path(path)
@@ -160,7 +163,7 @@ class TaskAdmin:
         self.task_manager = task_manager
         self.path = path
         self._is_open = backend is None
-        site = Site(task_manager, path, title, display_func_args, poll_interval)
+        site = Site(task_manager, path, title, display_func_args, poll_interval, checked_redaction(redact))
         visits = Visits(task_manager.store, task_manager.journal)
         router = web_router(site, Gate(backend, Sessions(secret_key or None, token_expiry), visits), self._lifespan)
         self._managed_app = app if auto_install else None
@@ -198,6 +201,14 @@ def web_router(site: Site, gate: Gate, lifespan: Callable[[Any], Any]) -> APIRou
     for api in (operations_router(site), schedules_router(site), api_router(site)):
         router.include_router(api, prefix=site.path, dependencies=session, tags=[site.title])
     return router
+
+
+def checked_redaction(names: Iterable[str]) -> Redaction:
+    """Raises TaskDefinitionError: one text would be taken for its letters, and an empty name for all names."""
+    known = [] if isinstance(names, str) else list(names)
+    if isinstance(names, str) or not all(isinstance(name, str) and words_of(name) for name in known):
+        raise TaskDefinitionError(f"redact={names!r}: must be a list of names of arguments")
+    return Redaction(known)
 
 
 def check_path(path: str) -> None:

@@ -559,6 +559,11 @@ class TaskStore:
         """The names of the tasks that this process can run."""
         return sorted(definition.name for definition in self._registry)
 
+    def parameters(self, name: str) -> list[str]:
+        """Of a function, in their order; none where this process does not have it."""
+        definition = self._registry.get(name)
+        return [] if definition is None else list(definition.signature.parameters)
+
     def definition(self, name: str) -> TaskDefinition:
         """Raises UnknownFunction."""
         return self._registry.named(name)

@@ -95,8 +95,8 @@ def api_router(site: Site) -> APIRouter:
     manager, store = site.manager, site.manager.store
 
     async def whole(task: TaskRecord) -> dict[str, Any]:
-        shown = records.task_record(store, task, await store.logs(task.task_id, 0, MOST_LOG_LINES))
-        return shown | records.arguments(store, task) if site.display_func_args else shown
+        shown = records.task_record(store, task, await store.logs(task.task_id, 0, MOST_LOG_LINES), site.redaction)
+        return shown | records.arguments(store, task, site.redaction) if site.display_func_args else shown
 
     @router.get("", response_model=list[shapes.ShownTask], summary="Tasks, newest first")
     async def list_tasks(request: Request, query: Annotated[ListQuery, Query()]) -> Response:
@@ -105,11 +105,14 @@ def api_router(site: Site) -> APIRouter:
         except ValueError as error:
             raise invalid_query(str(error)) from None
         page = await store.page(where, before, query.limit)
-        rows = [records.task_row(store, task) for task in page.tasks]
+        rows = [records.task_row(store, task, site.redaction) for task in page.tasks]
         if site.display_func_args:
             most = records.LONGEST_LISTED
             calls = await store.with_arguments(page.tasks, most + 1)
-            rows = [row | records.arguments(store, task, most) for row, task in zip(rows, calls, strict=True)]
+            rows = [
+                row | records.arguments(store, task, site.redaction, most)
+                for row, task in zip(rows, calls, strict=True)
+            ]
         return Json(rows, headers={"Link": next_link(site.base(request), request, page.older)} if page.older else None)
 
     @router.get(
@@ -162,7 +165,7 @@ def api_router(site: Site) -> APIRouter:
         responses=shapes.UNKNOWN,
     )
     async def logs(task_id: str, after: Annotated[int, Query(ge=0, lt=2**63)] = 0) -> Response:
-        return Json([records.log_row(entry) for entry in await store.logs(checked_id(task_id), after)])
+        return Json([records.log_row(entry, site.redaction) for entry in await store.logs(checked_id(task_id), after)])
 
     @router.post(
         "/{task_id}/cancel",

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import logging
 import mimetypes
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote
+from uuid import uuid4
 
 import jinja2
 from fastapi import APIRouter, HTTPException, Request
@@ -27,6 +30,8 @@ from ..host import headers_of, status_of
 from . import views
 from .navigation import NAVIGATION
 from .site import Site
+
+logger = logging.getLogger("taskflow")
 
 HERE = Path(__file__).parent
 POLICY = "; ".join(
@@ -58,8 +63,10 @@ ERROR_WORDS = {
     413: "Too large",
     422: "Not understood",
     429: "Too many tries",
+    500: "Something broke",
     503: "The task backend is away",
 }
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:=+/-]{1,128}")
 PREFERENCES = "taskflow_view"
 """The cookie of what a person chose: a theme, and whether single keys do something."""
 THEMES = ("auto", "light", "dark")
@@ -122,8 +129,13 @@ class Renderer:
 
     def error(self, request: Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
         heading = ERROR_WORDS.get(status, "Something is wrong")
-        page = self.page(request, "error.html", status, heading=heading, message=message, code=status)
-        page.headers.update(headers or {})
+        name = name_of(request)
+        broke = status == 500
+        level = logging.ERROR if broke else logging.INFO
+        said = (name, request.method, self._site.here(request), status, views.first_line(message))
+        logger.log(level, "request %s: %s %s: %d %s", *said, exc_info=broke)
+        page = self.page(request, "error.html", status, heading=heading, message=message, code=status, request_id=name)
+        page.headers.update({"X-Request-ID": name, **(headers or {})})
         return page
 
     def to_login(self, request: Request) -> Response:
@@ -134,6 +146,12 @@ class Renderer:
         if request.method == "GET":
             login += f"?next={quote(self._site.here(request), safe='')}"
         return RedirectResponse(login, 302, HEADERS)
+
+
+def name_of(request: Request) -> str:
+    """The id under which a proxy knows this request, or one of our own: the page shows it, the log has it."""
+    given = request.headers.get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else uuid4().hex
 
 
 def page_route(renderer: Renderer) -> type[APIRoute]:
@@ -154,6 +172,8 @@ def page_route(renderer: Renderer) -> type[APIRoute]:
                     return renderer.error(request, 422, "; ".join(str(part["msg"]) for part in error.errors()))
                 except TaskflowError as error:
                     return renderer.error(request, status_of(error), str(error), headers_of(error))
+                except Exception:  # noqa: BLE001 - a page for whatever its code did; the log has the traceback
+                    return renderer.error(request, 500, "This is a fault of the program: the service's log has it.")
 
             return guarded
 

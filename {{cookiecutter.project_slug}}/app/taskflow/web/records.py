@@ -10,10 +10,13 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time
+from itertools import repeat
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from pydantic_core import from_json
 
 from ..codec import DEEPEST
@@ -29,6 +32,7 @@ from ..models import (
 )
 from ..store import Metrics, Retried, TaskStore
 from ..texts import MORE
+from .redaction import DEFAULT, Redaction
 
 LONGEST_LISTED = 4_000
 """Characters of JSON that a list shows of one task's result, and of its arguments."""
@@ -60,8 +64,9 @@ class Json(JSONResponse):
         return text.encode("utf-8", "replace")
 
 
-def plain(value: object, depth: int = 0) -> Any:
-    """A value in terms of JSON alone: what JSON has no word for becomes a string or a list."""
+def plain(value: object, redaction: Redaction = DEFAULT, depth: int = 0) -> Any:
+    """A value in terms of JSON alone: what JSON has no word for becomes a string or a list, and what is secret by its
+    name a mark."""
     if depth > DEEPEST:
         return MORE
     match value:
@@ -70,9 +75,16 @@ def plain(value: object, depth: int = 0) -> Any:
         case float():
             return value if math.isfinite(value) else str(value)
         case Mapping():
-            return {str(plain(key, depth + 1)): plain(item, depth + 1) for key, item in value.items()}
+            return {
+                str(plain(key, redaction, depth + 1)): plain(redaction.shown(key, item), redaction, depth + 1)
+                for key, item in value.items()
+            }
         case list() | tuple() | set() | frozenset() | deque():
-            return [plain(item, depth + 1) for item in value]
+            return [plain(item, redaction, depth + 1) for item in value]
+        case BaseModel():
+            return plain(dict(value), redaction, depth)
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return plain({field.name: getattr(value, field.name) for field in fields(value)}, redaction, depth)
         case bytes():
             return base64.b64encode(value).decode()
         case datetime() | date() | time():
@@ -81,32 +93,34 @@ def plain(value: object, depth: int = 0) -> Any:
             return str(value)
 
 
-def returned(store: TaskStore, task: TaskRecord, *, listed: bool = False) -> Any:
+def returned(store: TaskStore, task: TaskRecord, redaction: Redaction = DEFAULT, *, listed: bool = False) -> Any:
     """What the task returned, as plain JSON; None when there is nothing, or nothing that can be read."""
     try:
         text = store.result_text(task)
         if listed and text is not None and len(text) > LONGEST_LISTED:
-            return beginning(text, LONGEST_LISTED)
-        return plain(store.returned(task))
+            return beginning(text, LONGEST_LISTED, redaction)
+        return plain(store.returned(task), redaction)
     except UNREADABLE:
         return None
 
 
-def arguments(store: TaskStore, task: TaskRecord, most: int = LONGEST_SHOWN) -> dict[str, Any]:
+def arguments(
+    store: TaskStore, task: TaskRecord, redaction: Redaction = DEFAULT, most: int = LONGEST_SHOWN
+) -> dict[str, Any]:
     """`args` and `kwargs` as plain JSON, their beginning where they are longer; both None when they cannot be read."""
     try:
         if task.arguments is not None and len(task.arguments) > most:
-            call: list[Any] = beginning(task.arguments, most)
-            return {"args": call[0], "kwargs": call[1] if len(call) > 1 else {}}
-        args, kwargs = store.arguments(task)
-        return {"args": plain(list(args)), "kwargs": plain(kwargs)}
+            args, kwargs = [*beginning(task.arguments, most, redaction), {}][:2]
+        else:
+            args, kwargs = map(plain, store.arguments(task), repeat(redaction))
+        return {"args": redaction.call(store.parameters(task.func_name), args), "kwargs": kwargs}
     except UNREADABLE:
         return {"args": None, "kwargs": None}
 
 
-def beginning(text: str, most: int) -> Any:
+def beginning(text: str, most: int, redaction: Redaction) -> Any:
     """The first values of a JSON text, with a mark where it was cut."""
-    return marked(plain(from_json(text[:most], allow_partial="trailing-strings")))
+    return marked(plain(from_json(text[:most], allow_partial="trailing-strings"), redaction))
 
 
 def marked(value: Any) -> Any:
@@ -128,7 +142,9 @@ def iso(moment: datetime | None) -> str | None:
     return None if moment is None else moment.isoformat()
 
 
-def task_row(store: TaskStore, task: TaskRecord, *, listed: bool = True) -> dict[str, Any]:
+def task_row(
+    store: TaskStore, task: TaskRecord, redaction: Redaction = DEFAULT, *, listed: bool = True
+) -> dict[str, Any]:
     """A task in a list: without the texts that can be long, and with the beginning of a long result."""
     return {
         "task_id": task.task_id,
@@ -148,15 +164,17 @@ def task_row(store: TaskStore, task: TaskRecord, *, listed: bool = True) -> dict
         "run_at": iso(task.run_at),
         "attempt": task.attempt,
         "max_attempts": task.max_attempts,
-        "result": returned(store, task, listed=listed),
-        "progress": plain(task.progress),
+        "result": returned(store, task, redaction, listed=listed),
+        "progress": plain(task.progress, redaction),
         "instance": task.instance,
     }
 
 
-def task_record(store: TaskStore, task: TaskRecord, logs: Iterable[LogEntry]) -> dict[str, Any]:
+def task_record(
+    store: TaskStore, task: TaskRecord, logs: Iterable[LogEntry], redaction: Redaction = DEFAULT
+) -> dict[str, Any]:
     lines = log_lines(logs, task.attempt)
-    return task_row(store, task, listed=False) | {"logs": lines, "stacktrace": task.stacktrace}
+    return task_row(store, task, redaction, listed=False) | {"logs": lines, "stacktrace": task.stacktrace}
 
 
 def log_lines(logs: Iterable[LogEntry], started: int) -> list[str]:
@@ -187,14 +205,14 @@ def event_row(event: TaskEvent) -> dict[str, Any]:
     }
 
 
-def log_row(entry: LogEntry) -> dict[str, Any]:
+def log_row(entry: LogEntry, redaction: Redaction = DEFAULT) -> dict[str, Any]:
     return {
         "seq": entry.seq,
         "time": iso(entry.time),
         "level": entry.level,
         "attempt": entry.attempt,
         "message": entry.message,
-        "extra": plain(entry.extra),
+        "extra": plain(entry.extra, redaction),
     }
 
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from starlette.requests import HTTPConnection
 
 from ..manager import TaskManager
+from .redaction import DEFAULT, Redaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Site:
     display_func_args: bool = False
     poll_interval: float = 30.0
     """Seconds after which a page refreshes itself although nothing was announced."""
+    redaction: Redaction = DEFAULT
 
     def base(self, request: HTTPConnection) -> str:
         """`path` as the browser sees it: behind a proxy's prefix, or inside a mounted app."""

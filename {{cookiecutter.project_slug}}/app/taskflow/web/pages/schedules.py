@@ -17,6 +17,7 @@ from ...ticks import Trigger
 from .. import records, views
 from ..auth import actor_of
 from ..html import form_of
+from ..redaction import DEFAULT, Redaction
 from .desk import Desk, cursor_of
 
 PAGE_SIZE = 25
@@ -86,7 +87,7 @@ def add_one_offs(router: APIRouter, desk: Desk) -> None:
             "once.html",
             seq=seq,
             now=desk.now(),
-            waiting=[(item, call_words(item)) for item in page],
+            waiting=[(item, call_words(item, store.parameters(item.func_name), desk.site.redaction)) for item in page],
             more=more,
             after=after,
             shows_arguments=desk.site.display_func_args,
@@ -148,8 +149,9 @@ def missed(before: TaskRecord, after: TaskRecord, trigger: Trigger | None) -> bo
     return due < after.run_at and trigger.next_tick(due) <= after.run_at
 
 
-def call_words(item: ScheduledOnce) -> str:
+def call_words(item: ScheduledOnce, parameters: Sequence[str] = (), redaction: Redaction = DEFAULT) -> str:
     """Its arguments, as they would be written."""
-    said = [views.compact(records.plain(value)) for value in item.args]
-    said += [f"{name}={views.compact(records.plain(value))}" for name, value in item.kwargs.items()]
+    args = redaction.call(parameters, records.plain(item.args, redaction))
+    said = [views.compact(value) for value in args]
+    said += [f"{name}={views.compact(value)}" for name, value in records.plain(item.kwargs, redaction).items()]
     return ", ".join(said)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
@@ -17,6 +17,7 @@ from .. import charts, records, views
 from ..api import checked_id
 from ..auth import actor_of
 from ..html import HEADERS, form_of
+from ..redaction import DEFAULT, Redaction
 from ..site import Site
 from .desk import Desk
 
@@ -45,12 +46,12 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
             events=events[::-1],
             actors=any(event.actor for event in events),
             event_words=views.EVENT_WORDS,
-            logs=log_lines(logs, None),
+            logs=log_lines(logs, None, site.redaction),
             log_end=log_end(logs, 0, None),
             error_type=error_type(task.stacktrace),
             frames=own_frames(task.stacktrace, f"{Path.cwd()}/"),
             result=shown_result(site, task),
-            arguments=records.arguments(store, task) if site.display_func_args else None,
+            arguments=records.arguments(store, task, site.redaction) if site.display_func_args else None,
         )
 
     @router.get("/dashboard/tasks/{task_id}/log")
@@ -66,7 +67,9 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
         if not logs and not task.status.terminal:
             return Response(status_code=204, headers=HEADERS)
         end = log_end(logs, after, attempt)
-        return desk.renderer.page(request, "log.html", task=task, logs=log_lines(logs, attempt), log_end=end)
+        return desk.renderer.page(
+            request, "log.html", task=task, logs=log_lines(logs, attempt, site.redaction), log_end=end
+        )
 
     @router.post("/dashboard/tasks/{task_id}/cancel")
     async def cancel(request: Request, task_id: str) -> Response:
@@ -96,7 +99,7 @@ def shown_result(site: Site, task: TaskRecord) -> str | None:
     if task.result is None:
         return None
     try:
-        return views.pretty(records.plain(site.manager.store.returned(task)))
+        return views.pretty(records.plain(site.manager.store.returned(task), site.redaction))
     except records.UNREADABLE:
         return "(the stored result cannot be read)"
 
@@ -106,6 +109,8 @@ class LogLine:
     entry: LogEntry
     opens: int | None
     """The attempt, from 1, whose first line this is; None inside an attempt, and where there is but one."""
+    extra: Mapping[str, Any]
+    """What it says besides, without what is secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +121,13 @@ class LogEnd:
     attempt: int | None
 
 
-def log_lines(logs: Sequence[LogEntry], attempt: int | None) -> list[LogLine]:
+def log_lines(logs: Sequence[LogEntry], attempt: int | None, redaction: Redaction = DEFAULT) -> list[LogLine]:
     """`attempt` is that of the line before these."""
     lines = []
     for entry in logs:
         fresh = entry.attempt != attempt and (attempt is not None or entry.attempt > 0)
-        lines.append(LogLine(entry, entry.attempt + 1 if fresh else None))
+        extra = records.plain(entry.extra, redaction)
+        lines.append(LogLine(entry, entry.attempt + 1 if fresh else None, extra))
         attempt = entry.attempt
     return lines
 
