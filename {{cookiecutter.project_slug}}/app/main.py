@@ -13,6 +13,7 @@ app = FastAPI()
 app.include_router(router)
 
 task_manager.runs_tasks = settings.run
+task_manager.version = settings.version
 # auto_install manages the BackgroundTasks of every route: their signatures stay as they are.
 TaskAdmin(
     app,

@@ -12,6 +12,8 @@ class Settings(BaseSettings):
     url: str = "sqlite:///tasks.db"
     """Where tasks are stored."""
     env: Literal["development", "production"] = "development"
+    version: str = ""
+    """What is deployed, as the dashboard shows it: a tag or a commit. Without, a checksum of the code."""
     path: str = "/tasks"
     """Where the API and the dashboard are."""
     run: bool = True

@@ -74,6 +74,7 @@ class Dispatcher:
         self._running: dict[AttemptId, Running] = {}
         self._used: Counter[str] = Counter()
         self._claiming = False
+        self._retired = False
         self._lease_holds: Callable[[], bool] = lambda: False
 
     # -- what the journal asks and tells
@@ -111,7 +112,7 @@ class Dispatcher:
         self._lease_holds = lease_holds
         for executor in self._executors.values():
             executor.start()
-        self._claiming = True
+        self._claiming, self._retired = True, False
 
     @property
     def running(self) -> int:
@@ -125,6 +126,11 @@ class Dispatcher:
     def claiming(self) -> bool:
         return self._claiming
 
+    @property
+    def retired(self) -> bool:
+        """Whether it claimed once, and never will again."""
+        return self._retired
+
     def cancel(self, attempt_id: AttemptId) -> bool:
         """Asks a running attempt to stop: a coroutine is cancelled, a thread is told. False when it is not here."""
         running = self._running.get(attempt_id)
@@ -135,7 +141,7 @@ class Dispatcher:
 
     def retire(self) -> None:
         """Claims nothing more. What the turn under way still claims is given back."""
-        self._claiming = False
+        self._claiming, self._retired = False, True
 
     async def drain(self, deadline: float) -> None:
         """Waits for what runs until the monotonic `deadline`; the rest is interrupted."""

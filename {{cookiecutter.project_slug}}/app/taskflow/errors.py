@@ -60,6 +60,14 @@ class QueueNotFound(TaskflowError):
         super().__init__(f"no queue is named {queue!r}")
 
 
+class InstanceNotFound(TaskflowError):
+    """No process that serves these tasks has this id. Answered as 404."""
+
+    def __init__(self, instance_id: str) -> None:
+        self.instance_id = instance_id
+        super().__init__(f"no instance has the id {instance_id!r}")
+
+
 class TaskStateError(TaskflowError):
     """A command that the task's present status does not allow. Answered as 400."""
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from .backends.base import Finish, GaugeRow, TurnResult
 from .models import EPOCH, EventKind, TaskStatus, from_micros, to_micros
 
-Kind = Literal["all", "queue", "name"]
+Kind = Literal["all", "queue", "name", "version"]
 Series = tuple[Kind, str]
 KEPT: Mapping[int, timedelta] = {10: timedelta(hours=2), 60: timedelta(hours=48), 3_600: timedelta(days=60)}
 """Seconds of a bucket -> how long it is kept."""
@@ -141,6 +141,12 @@ class Book:
             sums.counts["started"] += 1
             sums.wait[bisect_left(BOUNDS, waited)] += 1
             sums.wait_seconds += waited
+
+    def began(self, now: datetime, version: str, what: str) -> None:
+        """A process of that version started."""
+        self._roll(now)
+        for sums in self._at([("version", version)]):
+            sums.counts[what] += 1
 
     def sampled(self, now: datetime, levels: Mapping[Series, Mapping[str, float]]) -> None:
         self._roll(now)

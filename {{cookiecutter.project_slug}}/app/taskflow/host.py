@@ -14,6 +14,7 @@ from starlette.websockets import WebSocketState
 
 from .errors import (
     BackendUnavailable,
+    InstanceNotFound,
     QueueFullError,
     QueueNotFound,
     ScheduleNotFound,
@@ -33,6 +34,7 @@ STATUS_CODES: dict[type[TaskflowError], int] = {
     BackendUnavailable: 503,
     TaskNotFound: 404,
     QueueNotFound: 404,
+    InstanceNotFound: 404,
     ScheduleNotFound: 404,
     TaskStateError: 400,
     UnknownFunction: 409,

@@ -37,7 +37,7 @@ RESCUE_INTERVAL = 5.0
 """Seconds between looks at the others; less where leases are short."""
 RETENTION_INTERVAL = 60.0
 CANCEL_INTERVAL = 1.0
-"""Seconds after which an instance sees that another one was asked to cancel a task it runs."""
+"""Seconds after which an instance sees that another one was asked to cancel a task it runs, or to have it drain."""
 
 
 def introduce(instance_id: str, version: str, started: datetime) -> Instance:
@@ -129,7 +129,7 @@ class Heartbeat:
         """Raises BackendUnavailable."""
         began, now = monotonic(), self._clock()
         lease_until = now + timedelta(seconds=self._lease_seconds)
-        slots = self._dispatcher.slots if self._runs_tasks else 0
+        slots = self._dispatcher.slots if self._runs_tasks and not self._dispatcher.retired else 0
         try:
             self._backend.beat(self._me, Beat(now, lease_until, slots, self._dispatcher.running))
         except BaseException:
@@ -302,10 +302,14 @@ class Housekeeping:
 
     async def _cancel_round(self) -> None:
         await asyncio.sleep(CANCEL_INTERVAL)
-        if self._dispatcher.running:
-            with contextlib.suppress(BackendUnavailable):
+        with contextlib.suppress(BackendUnavailable):
+            if self._dispatcher.running:
                 for attempt_id in await self._backend.cancels(self._me.instance_id):
                     self._dispatcher.cancel(attempt_id)
+            if self._dispatcher.claiming and await self._store.is_drained(self._me.instance_id):
+                self._dispatcher.retire()
+                logger.info("told to drain: %d tasks run, no more are started", self._dispatcher.running)
+                await asyncio.to_thread(self.heartbeat.beat)
 
     async def _drop_pending(self) -> None:
         """With `requeue_pending=False`: what an earlier run left waiting is cancelled, unless others serve it."""

@@ -27,6 +27,7 @@ from .cipher import make_cipher
 from .clock import Clock
 from .context import CarriedContexts
 from .dependencies import Injector
+from .deploys import BEGAN, code_version
 from .dispatcher import Dispatcher
 from .errors import TaskflowError
 from .executors import AsyncExecutor, Executor, ThreadExecutor
@@ -176,6 +177,8 @@ class TaskManager:
         self.requeue_pending = requeue_pending
         self.runs_tasks = True
         """False in a process that only accepts: its tasks are run by others."""
+        self.version = ""
+        """What this process runs, as a release is named; without, a checksum of the application's code."""
         self.get_tasks = request_dependency(self.store)
         self._housekeeping: Housekeeping | None = None
 
@@ -404,7 +407,7 @@ class TaskManager:
             return
         refuse_in_starting_worker()
         self.instance_id = str(uuid_utils.uuid7())
-        me = introduce(self.instance_id, "1", self.clock())
+        me = introduce(self.instance_id, self.version or code_version(), self.clock())
         self._housekeeping = Housekeeping(
             self.backend,
             self.journal,
@@ -422,6 +425,7 @@ class TaskManager:
         self.observers.start()
         self.journal.start(self.instance_id)
         self._housekeeping.start()
+        self.book.began(self.clock(), me.version, BEGAN)
         self.recorder.start()
         self.scheduler.start(self._housekeeping.introduced, fires=self.runs_tasks)
         with contextlib.suppress(TimeoutError):
@@ -441,6 +445,8 @@ class TaskManager:
             return f"the task backend is away: {self.journal.last_error}"
         if self.journal.last_turn is None or monotonic() - self.journal.last_turn > STANDSTILL:
             return "the writer stands still"
+        if self.runs_tasks and self.dispatcher.retired:
+            return "this instance drains: it starts no more tasks"
         if self.runs_tasks and not self.dispatcher.claiming:
             return "this instance does not claim tasks yet"
         return None

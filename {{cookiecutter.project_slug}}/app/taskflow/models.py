@@ -114,6 +114,7 @@ class EventKind(StrEnum):
     RESUME_SCHEDULE = "resume_schedule"
     CANCEL_SCHEDULED = "cancel_scheduled"  # of a one-off, by an operator
     MOVE_SCHEDULED = "move_scheduled"
+    DRAIN_INSTANCE = "drain_instance"  # of a process, by an operator
     LOGIN = "login"  # of no task: people who come and go
     LOGIN_FAILED = "login_failed"
     LOGOUT = "logout"

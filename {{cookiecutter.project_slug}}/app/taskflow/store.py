@@ -39,12 +39,15 @@ from .backends.base import (
     Requeue,
     RequeueTasks,
     RestoreTasks,
+    Revoke,
     TurnResult,
 )
 from .cipher import Cipher, Place, PlainText
 from .context import CarriedContexts
+from .deploys import COMPARED, Change, Deploy, changes, deploys, split
 from .errors import (
     BackendUnavailable,
+    InstanceNotFound,
     QueueFullError,
     QueueNotFound,
     TaskArgumentError,
@@ -102,6 +105,8 @@ MOST_COUNTED = 10_000
 WHOLE = 2**31 - 1
 """Characters: all there are."""
 MOST_LOGGED = 2_000_000
+LONGEST_LIFE = timedelta(days=365)
+"""Of a process that was told to start no more tasks."""
 """Characters of log lines that are read at a time."""
 PURGE_BATCH = 2_000
 """Rows of every kind."""
@@ -419,6 +424,19 @@ class TaskStore:
         for row in await self._backend.gauges(span.size, kind, start):
             rows.setdefault(row.series, []).append(row)
         return {series: bars(span, start, found) for series, found in rows.items()}
+
+    async def deploys(self, span: Span) -> list[Deploy]:
+        """When versions of the application began to run, in a part of the past."""
+        now = self._clock()
+        start = span.start(now)
+        looked_back = min(start - span.step * 24, now - timedelta(days=1))  # to whatever ran before
+        found = deploys(await self._backend.gauges(span.size, "version", looked_back))
+        return [deploy for deploy in found if deploy.at >= start]
+
+    async def changed_since(self, deploy: Deploy) -> list[Change]:
+        """What has become slower, quicker, or fails more or less often than before it."""
+        rows = await self._backend.gauges(60, "name", deploy.at - COMPARED)
+        return changes(*split(deploy, rows))
 
     async def lately(self, kind: Kind) -> dict[str, Sums]:
         """Of each queue or name, since the beginning of the hour before this one."""
@@ -745,6 +763,23 @@ class TaskStore:
         states |= {state.name: state for state in await self._backend.queues()}
         return [states[name] for name in sorted(states)]
 
+    async def drain_instance(self, instance_id: str, actor: str | None = None) -> InstanceRecord:
+        """Has a process start no more tasks, within a second or two and for the rest of its life; what it runs goes on.
+
+        Raises InstanceNotFound.
+        """
+        found = next((item for item in await self.instances() if item.instance_id == instance_id), None)
+        if found is None:
+            raise InstanceNotFound(instance_id)
+        detail = {"instance": instance_id, "process": f"{found.host}:{found.pid}"}
+        await self._journal.obey(Revoke(right_to_claim(instance_id), self._clock() + LONGEST_LIFE))
+        await self._journal.obey(Note(EventKind.DRAIN_INSTANCE, actor, detail))
+        return found
+
+    async def is_drained(self, instance_id: str) -> bool:
+        """Whether somebody had it start no more tasks."""
+        return await self._backend.is_revoked(right_to_claim(instance_id))
+
     async def edit_queue(
         self, name: str, changes: Mapping[str, int | None], actor: str | None = None, note: str | None = None
     ) -> QueueState:
@@ -806,6 +841,11 @@ class TaskStore:
     def result_text(self, record: TaskRecord) -> str | None:
         """What it returned, as `codec` wrote it. Raises ValueError when it cannot be read."""
         return None if record.result is None else self._cipher.open(record.result, place_of(record, "result"))
+
+
+def right_to_claim(instance_id: str) -> str:
+    """The name of what a drain takes from an instance. It ends before its time, as a login does."""
+    return f"claims of {instance_id}"
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

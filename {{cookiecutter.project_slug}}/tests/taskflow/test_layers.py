@@ -63,6 +63,7 @@ ORDER = [
     "backends.redis",
     "backends",
     "history",
+    "deploys",
     "journal",
     "transactions",
     "store",

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from ..deploys import Deploy
 from ..history import Bar, Sums
 from ..models import EventKind, TaskEvent, TaskStatus
 
@@ -87,9 +88,20 @@ class Throughput:
     peak: int
     """The most tasks that ended in one bar."""
     totals: Mapping[TaskStatus, int]
+    marks: Sequence[Mark]
 
 
-def throughput(bars: Sequence[Bar], step: float, *, width: float, height: float) -> Throughput | None:
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a version of the application began."""
+
+    x: float
+    deploy: Deploy
+
+
+def throughput(
+    bars: Sequence[Bar], step: float, deploys: Sequence[Deploy] = (), *, width: float, height: float
+) -> Throughput | None:
     """How tasks ended, bar by bar; None where none did."""
     outcomes = [outcomes_of(bar.sums) for bar in bars]
     peak = max((counter.total() for counter in outcomes), default=0)
@@ -115,6 +127,7 @@ def throughput(bars: Sequence[Bar], step: float, *, width: float, height: float)
         step=step,
         peak=peak,
         totals={status: totals[status] for status in TaskStatus if totals[status]},
+        marks=[Mark(round((deploy.at - bars[0].at).total_seconds() / step * slot, 1), deploy) for deploy in deploys],
     )
 
 

@@ -89,6 +89,7 @@ def operations_router(site: Site) -> APIRouter:
     router = APIRouter(route_class=ApiRoute, default_response_class=Json, responses=shapes.REFUSALS)
     add_history_routes(router, site)
     add_queue_routes(router, site)
+    add_instance_routes(router, site)
     return router
 
 
@@ -164,3 +165,16 @@ def add_queue_routes(router: APIRouter, site: Site) -> None:
     )
     async def resume(request: Request, name: str) -> Response:
         return Json(records.queue_row(await store.resume_queue(name, actor_of(request))))
+
+
+def add_instance_routes(router: APIRouter, site: Site) -> None:
+    store = site.manager.store
+
+    @router.post(
+        "/instances/{instance_id}/drain",
+        response_model=shapes.ShownInstance,
+        summary="Have a process start no more tasks",
+        responses=shapes.UNKNOWN,
+    )
+    async def drain(request: Request, instance_id: str) -> Response:
+        return Json(records.instance_row(await store.drain_instance(instance_id, actor_of(request))))

@@ -47,6 +47,7 @@ EVENT_WORDS: Mapping[str, tuple[str, str]] = {
     EventKind.RUN_SCHEDULE: ("Its schedule was run by hand", "pending"),
     EventKind.CANCEL_SCHEDULED: ("Cancelled before its time", "cancelled"),
     EventKind.MOVE_SCHEDULED: ("Given another time", "pending"),
+    EventKind.DRAIN_INSTANCE: ("Told to start no more tasks", "pending"),
     EventKind.LEASE_LOST: ("A late result was refused", "rejected"),
 }
 """Event kind -> what it says, and the status whose colour it has."""

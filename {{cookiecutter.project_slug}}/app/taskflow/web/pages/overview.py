@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from time import monotonic
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
+from ...deploys import Change, Deploy
 from ...history import SPANS, Bar, Span, Sums, quantile
 from ...models import Count, InstanceRecord, TaskFilter, TaskStatus
 from .. import charts
@@ -21,6 +23,10 @@ NEWEST = 10
 """Tasks that are listed."""
 MOST_PROBLEMS = 6
 MOST_FUNCTIONS = 8
+MOST_CHANGES = 6
+MOST_MARKS = 12
+COMPARED_EVERY = 30.0
+"""Seconds for which a comparison of before and after is not made again: it reads an hour of every name's sums."""
 WIDTH, HEIGHT = 720, 96
 
 SpanName = Annotated[str, Query(pattern="^(1h|24h|7d)$")]
@@ -28,6 +34,7 @@ SpanName = Annotated[str, Query(pattern="^(1h|24h|7d)$")]
 
 def add_routes(router: APIRouter, desk: Desk) -> None:
     store = desk.store
+    compared = Remembered(store.changed_since, COMPARED_EVERY)
 
     @router.get("/dashboard")
     async def overview(request: Request, span: SpanName = "1h") -> Response:
@@ -39,8 +46,11 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
             store.instances(),
             store.queues(),
         )
-        history, names = await asyncio.gather(store.history(SPANS[span]), store.lately("name"))
+        history, names, deploys = await asyncio.gather(
+            store.history(SPANS[span]), store.lately("name"), store.deploys(SPANS[span])
+        )
         now = desk.now()
+        last = deploys[-1] if deploys else None
         oldest = await store.oldest(sorted({count.queue for count in counts if count.n > count.delayed}))
         return desk.renderer.page(
             request,
@@ -54,8 +64,23 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
             paused=[queue for queue in queues if queue.paused],
             span=span,
             spans=tuple(SPANS),
-            **facts(counts, instances, history, names, oldest, SPANS[span], now),
+            deploy=last,
+            changes=(await compared(last))[:MOST_CHANGES] if last is not None else (),
+            **facts(counts, instances, history, names, oldest, SPANS[span], now, deploys[-MOST_MARKS:]),
         )
+
+
+class Remembered:
+    """What was found of the last deploy, for everybody who looks at it."""
+
+    def __init__(self, find: Callable[[Deploy], Awaitable[Sequence[Change]]], seconds: float) -> None:
+        self._find, self._seconds = find, seconds
+        self._known: tuple[Deploy, float, Sequence[Change]] | None = None
+
+    async def __call__(self, deploy: Deploy) -> Sequence[Change]:
+        if self._known is None or self._known[0] != deploy or monotonic() - self._known[1] > self._seconds:
+            self._known = (deploy, monotonic(), await self._find(deploy))
+        return self._known[2]
 
 
 def facts(
@@ -66,6 +91,7 @@ def facts(
     oldest: Mapping[str, datetime],
     span: Span,
     now: datetime,
+    deploys: Sequence[Deploy] = (),
 ) -> dict[str, Any]:
     alive = [item for item in instances if item.alive(now)]
     total = Sums()
@@ -78,7 +104,7 @@ def facts(
         "running": sum(count.n for count in counts if count.status is TaskStatus.RUNNING),
         "oldest": min(oldest.values(), default=None),
         "ended": sum(count.n for count in counts if count.status.terminal),
-        "chart": charts.throughput(history, span.step.total_seconds(), width=WIDTH, height=HEIGHT),
+        "chart": charts.throughput(history, span.step.total_seconds(), deploys, width=WIDTH, height=HEIGHT),
         "p95_wait": quantile(total.wait, 0.95),
         "p95_run": quantile(total.run, 0.95),
         "functions": functions(counts, names)[:MOST_FUNCTIONS],

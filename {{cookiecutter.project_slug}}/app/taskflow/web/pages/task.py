@@ -22,17 +22,21 @@ from ..site import Site
 from .desk import Desk
 
 MOST_LOG_LINES = 500
-"""Log lines that a page shows at once; the rest follows line by line, or from the API."""
+"""Log lines that a page shows at once, the newest; earlier ones are had from the API."""
+MOST_READ = 10_000
+"""Log lines that are read to find the newest; later ones follow as if they were logged now."""
+LEVELS = ("debug", "info", "warning", "error", "critical")
+Level = Annotated[str, Query(pattern=f"^({'|'.join(LEVELS)})?$")]
 
 
 def add_routes(router: APIRouter, desk: Desk) -> None:
     store, site = desk.store, desk.site
 
     @router.get("/dashboard/tasks/{task_id}")
-    async def task_page(request: Request, task_id: str) -> Response:
+    async def task_page(request: Request, task_id: str, level: Level = "") -> Response:
         seq = await desk.feed.head()
         task = await store.get(checked_id(task_id))
-        events, logs = await asyncio.gather(store.events(task_id), store.logs(task_id, 0, MOST_LOG_LINES))
+        events, logs = await asyncio.gather(store.events(task_id), store.logs(task_id, 0, MOST_READ))
         now, why = desk.now(), await store.why(task)
         return desk.renderer.page(
             request,
@@ -46,8 +50,12 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
             events=events[::-1],
             actors=any(event.actor for event in events),
             event_words=views.EVENT_WORDS,
-            logs=log_lines(logs, None, site.redaction),
+            logs=log_lines(logs, None, site.redaction, level)[-MOST_LOG_LINES:],
             log_end=log_end(logs, 0, None),
+            log_ended=task.status.terminal and len(logs) < MOST_READ,
+            logged=len(logs),
+            level=level,
+            levels=LEVELS,
             error_type=error_type(task.stacktrace),
             frames=own_frames(task.stacktrace, f"{Path.cwd()}/"),
             result=shown_result(site, task),
@@ -60,15 +68,21 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
         task_id: str,
         after: Annotated[int, Query(ge=0, lt=2**63)] = 0,
         attempt: Annotated[int | None, Query(ge=0, lt=2**31)] = None,
+        level: Level = "",
     ) -> Response:
         """Lines after those that a page shows, and where the next ones start."""
         task = await store.get(checked_id(task_id))
         logs = await store.logs(task_id, after, MOST_LOG_LINES)
         if not logs and not task.status.terminal:
             return Response(status_code=204, headers=HEADERS)
-        end = log_end(logs, after, attempt)
         return desk.renderer.page(
-            request, "log.html", task=task, logs=log_lines(logs, attempt, site.redaction), log_end=end
+            request,
+            "log.html",
+            task=task,
+            logs=log_lines(logs, attempt, site.redaction, level),
+            log_end=log_end(logs, after, attempt),
+            log_ended=task.status.terminal and len(logs) < MOST_LOG_LINES,
+            level=level,
         )
 
     @router.post("/dashboard/tasks/{task_id}/cancel")
@@ -121,10 +135,15 @@ class LogEnd:
     attempt: int | None
 
 
-def log_lines(logs: Sequence[LogEntry], attempt: int | None, redaction: Redaction = DEFAULT) -> list[LogLine]:
-    """`attempt` is that of the line before these."""
+def log_lines(
+    logs: Sequence[LogEntry], attempt: int | None, redaction: Redaction = DEFAULT, level: str = ""
+) -> list[LogLine]:
+    """Those of a level and above it; of a level of one's own always. `attempt` is that of the line before these."""
     lines = []
+    below = LEVELS[: LEVELS.index(level)] if level else ()
     for entry in logs:
+        if entry.level.lower() in below:
+            continue
         fresh = entry.attempt != attempt and (attempt is not None or entry.attempt > 0)
         extra = records.plain(entry.extra, redaction)
         lines.append(LogLine(entry, entry.attempt + 1 if fresh else None, extra))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -11,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ...models import InstanceRecord
+from ..auth import actor_of
 from .desk import Desk
 
 
@@ -19,9 +21,18 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     async def workers(request: Request) -> Response:
         seq = await desk.feed.head()
         now = desk.now()
-        rows = facts(await desk.store.instances(), now)
+        instances = await desk.store.instances()
+        # A process that was drained says of itself that it has no slots.
+        resting = [item.instance_id for item in instances if not item.slots]
+        drained = await asyncio.gather(*map(desk.store.is_drained, resting))
+        rows = facts(instances, now, {one for one, is_drained in zip(resting, drained, strict=True) if is_drained})
         me = desk.site.manager.instance_id
         return desk.renderer.page(request, "workers.html", seq=seq, now=now, workers=rows, me=me)
+
+    @router.post("/dashboard/workers/{instance_id}/drain")
+    async def drain(request: Request, instance_id: str) -> Response:
+        await desk.store.drain_instance(instance_id, actor_of(request))
+        return desk.go_to(request, "/workers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +41,18 @@ class Worker:
     alive: bool
     differs: bool
     """Whether most others run another version."""
+    drained: bool = False
+    """Whether somebody had it start no more tasks."""
 
     @property
     def busy(self) -> float:
         return min(1.0, self.instance.running / self.instance.slots) if self.instance.slots else 0.0
 
 
-def facts(instances: Sequence[InstanceRecord], now: datetime) -> list[Worker]:
+def facts(instances: Sequence[InstanceRecord], now: datetime, drained: Collection[str] = ()) -> list[Worker]:
     """Those alive first, the newest first among them."""
     alive = [item for item in instances if item.alive(now)]
     versions = Counter(item.version for item in alive)
     usual = versions.most_common(1)[0][0] if versions else ""
-    rows = [Worker(item, item.alive(now), item.version != usual) for item in instances]
+    rows = [Worker(item, item.alive(now), item.version != usual, item.instance_id in drained) for item in instances]
     return sorted(rows, key=lambda row: (not row.alive, -row.instance.started.timestamp()))
