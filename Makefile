@@ -5,7 +5,7 @@ PYTHON ?= python3
 PROJECT := {{cookiecutter.project_slug}}
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .venv/bin/uv)
 
-.PHONY: run test check bench
+.PHONY: run test check bench pictures
 
 # Bakes the default project and serves it. A second run keeps the project's database, lock file and environment.
 run: .venv/.ready
@@ -27,6 +27,10 @@ check: .venv/.ready
 
 bench: .venv/.ready
 	.venv/bin/python -m benchmarks
+
+# Of the dashboard, for README and documents; needs a Chromium on PATH.
+pictures: .venv/.ready
+	PYTHONPATH='$(PROJECT)' .venv/bin/python -m benchmarks.pictures
 
 # The template's tools and, so that the project's directory is linted, typed and tested in place, its dependencies too.
 .venv/.ready: pyproject.toml $(PROJECT)/pyproject.toml | $(UV)
