@@ -5,7 +5,7 @@ PYTHON ?= python3
 PROJECT := {{cookiecutter.project_slug}}
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .venv/bin/uv)
 
-.PHONY: run test check bench pictures
+.PHONY: run test check bench pictures release
 
 # Bakes the default project and serves it. A second run keeps the project's database, lock file and environment.
 run: .venv/.ready
@@ -21,7 +21,7 @@ check: .venv/.ready
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy hooks/pre_gen_project.py
 	.venv/bin/mypy hooks/post_gen_project.py
-	.venv/bin/mypy tests
+	.venv/bin/mypy tests release.py
 	MYPYPATH='$(PROJECT)' .venv/bin/mypy benchmarks
 	cd '$(PROJECT)' && '$(CURDIR)/.venv/bin/mypy'
 
@@ -31,6 +31,10 @@ bench: .venv/.ready
 # Of the dashboard, for README and documents; needs a Chromium on PATH.
 pictures: .venv/.ready
 	PYTHONPATH='$(PROJECT)' .venv/bin/python -m benchmarks.pictures
+
+# make release VERSION=0.2.0: changelog, tag, archive and checksum; pushes nothing.
+release:
+	@$(PYTHON) release.py '$(VERSION)'
 
 # The template's tools and, so that the project's directory is linted, typed and tested in place, its dependencies too.
 .venv/.ready: pyproject.toml $(PROJECT)/pyproject.toml | $(UV)

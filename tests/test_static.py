@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.checks import lint_complaints, schema_complaints, type_complaints
 from tests.template import (
@@ -118,3 +119,11 @@ def test_workflow_and_compose_file_follow_their_schemas(
     must_be_empty(schema_complaints("compose-spec", project / "compose.yaml"))
     if answers["ci"] == "github":
         must_be_empty(schema_complaints("github-workflows", project / ".github/workflows/ci.yml"))
+
+
+def test_the_templates_own_workflow_is_valid_and_runs_what_its_readme_names() -> None:
+    workflow = ROOT / ".github/workflows/ci.yml"
+    must_be_empty(schema_complaints("github-workflows", workflow))
+    steps = [step["run"] for step in yaml.safe_load(workflow.read_text())["jobs"]["test"]["steps"] if "run" in step]
+    assert steps == ["bash .ci/run", "make check"]
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith("exec make test")
