@@ -50,5 +50,9 @@ release:
 .venv/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@echo 'No uv on PATH: installing it into .venv ...'
+	@want=$$($(PYTHON) -c 'import sys; print(sys.version_info[:2])'); \
+	if [ -e .venv ] && [ "$$(.venv/bin/python -c 'import sys; print(sys.version_info[:2])' 2>/dev/null)" != "$$want" ]; then \
+	    echo '.venv was made by another Python, or by one that is gone: it is made anew.'; rm -rf .venv; \
+	fi
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet 'uv>=0.13,<1'

@@ -121,6 +121,24 @@ def test_the_printed_commands_and_the_workflow_run_as_printed(bake: Bake, path_w
     assert git(project, "status", "--porcelain") == "", "pre-commit changed a fresh project"
 
 
+def test_an_environment_of_another_interpreter_is_made_anew_and_not_mixed_into(
+    bake: Bake, path_without_uv: str
+) -> None:
+    project = bake().project
+    another = project / ".venv" / "bin" / "python"
+    another.parent.mkdir(parents=True)
+    another.write_text("#!/bin/sh\necho '(3, 9)'\n")
+    another.chmod(0o755)
+    (project / ".venv" / "lib").mkdir()
+    (project / ".venv" / "lib" / "of_another").touch()
+    said = run("make .venv/bin/uv", project, PATH=path_without_uv)
+    assert "it is made anew" in said
+    assert not (project / ".venv" / "lib" / "of_another").exists()
+    assert run(".venv/bin/uv --version", project).startswith("uv ")
+    (project / ".venv" / "bin" / "uv").unlink()
+    assert "it is made anew" not in run("make .venv/bin/uv", project, PATH=path_without_uv)
+
+
 @pytest.mark.parametrize("backend", [backend for backend in READY_BACKENDS if backend != "sqlite"])
 def test_the_printed_commands_run_on_a_server(bake: Bake, path_without_uv: str, tmp_path: Path, backend: str) -> None:
     baked = bake(backend=backend)
