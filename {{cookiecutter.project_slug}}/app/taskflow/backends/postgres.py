@@ -115,7 +115,8 @@ class PostgresBackend(SqlBackend):
 
     def create_engines(self) -> tuple[Engine, Engine]:
         url = self.url.set(drivername="postgresql+psycopg")
-        options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": CONNECTION}
+        # Nothing is prepared here: behind a pooler the next statement may be another connection's.
+        options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": {**CONNECTION, "prepare_threshold": None}}
         reading = sa.create_engine(url, isolation_level="AUTOCOMMIT", pool_size=2 * self._readers, **options)
         return sa.create_engine(url, pool_size=2, **options), reading
 
