@@ -14,6 +14,7 @@ app.include_router(router)
 
 task_manager.runs_tasks = settings.run
 task_manager.version = settings.version
+task_manager.deliver_by(secret(settings.delivery))
 # auto_install manages the BackgroundTasks of every route: their signatures stay as they are.
 TaskAdmin(
     app,

@@ -18,6 +18,8 @@ class Settings(BaseSettings):
     """Where the API and the dashboard are."""
     run: bool = True
     """Whether this process runs tasks; otherwise it only accepts them."""
+    delivery: SecretStr | None = None
+    """The broker of a fleet of workers that tasks are handed to, in a project that was made with one."""
     admin_username: str | None = None
     admin_password: SecretStr | None = None
     reader_username: str | None = None

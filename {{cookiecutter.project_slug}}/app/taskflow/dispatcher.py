@@ -15,7 +15,7 @@ from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
-from typing import Literal
+from typing import Literal, Protocol
 
 from .backends.base import AttemptId, Claimed, Demand, Finish, TurnResult
 from .context import CarriedContexts
@@ -57,6 +57,24 @@ class Running:
             self.cancel()
 
 
+class Delivery(Protocol):
+    """Another engine that says when this instance is to take a task, and is told of those that became ready."""
+
+    def allows(self) -> Mapping[str, int]:
+        """How many tasks of which queues this instance may claim in the turn that is about to begin."""
+
+    def turned(self, finishes: Sequence[Finish], result: TurnResult) -> None:
+        """One turn is committed."""
+
+
+class Deliverer(Delivery, Protocol):
+    """One that lives as long as the task manager is started."""
+
+    def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
 class Dispatcher:
     def __init__(
         self,
@@ -76,6 +94,8 @@ class Dispatcher:
         self._claiming = False
         self._retired = False
         self._lease_holds: Callable[[], bool] = lambda: False
+        self.delivery: Delivery | None = None
+        """None: this instance takes whatever it has slots for."""
 
     # -- what the journal asks and tells
 
@@ -88,7 +108,7 @@ class Dispatcher:
         slots = {kind: executor.slots - self._used[kind] + freed[kind] for kind, executor in self._executors.items()}
         if not any(free > 0 for free in slots.values()):
             return None
-        return Demand(self._registry.executors, slots)
+        return Demand(self._registry.executors, slots, self.delivery.allows() if self.delivery else None)
 
     def held(self) -> frozenset[AttemptId]:
         return frozenset(self._running)
@@ -104,6 +124,8 @@ class Dispatcher:
             self._begin(task) if can_begin else self._give_back(task)
         if result.unknown and self._registry.find(result.unknown):
             self._journal.wake()
+        if self.delivery is not None:
+            self.delivery.turned(finishes, result)
 
     # -- running
 

@@ -12,8 +12,9 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
+from importlib import import_module
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast, overload
 
 import uuid_utils
 from fastapi import FastAPI
@@ -28,8 +29,8 @@ from .clock import Clock
 from .context import CarriedContexts
 from .dependencies import Injector
 from .deploys import BEGAN, code_version
-from .dispatcher import Dispatcher
-from .errors import TaskflowError
+from .dispatcher import Deliverer, Dispatcher
+from .errors import TaskDefinitionError, TaskflowError
 from .executors import AsyncExecutor, Executor, ThreadExecutor
 from .history import Book
 from .host import install_error_handlers, join_lifespan
@@ -180,6 +181,7 @@ class TaskManager:
         self.version = ""
         """What this process runs, as a release is named; without, a checksum of the application's code."""
         self.get_tasks = request_dependency(self.store)
+        self._deliverer: Deliverer | None = None
         self._housekeeping: Housekeeping | None = None
 
     @property
@@ -389,6 +391,20 @@ class TaskManager:
         join_lifespan(app, self.lifespan)
         install_error_handlers(app)
 
+    def deliver_by(self, delivery: Deliverer | str | None) -> None:
+        """Tasks are announced to an engine that runs a fleet of workers, and this process takes those only that it is
+        handed. Given a broker's URL, by the engine that the project was made with; None changes nothing.
+
+        Raises TaskDefinitionError where it was made with none.
+        """
+        if isinstance(delivery, str):
+            try:
+                module = import_module(".delivery", __package__)
+            except ModuleNotFoundError as error:
+                raise TaskDefinitionError("TASKFLOW_DELIVERY: this project was made without a delivery") from error
+            delivery = cast("Deliverer", module.CeleryDelivery(self, delivery))
+        self.dispatcher.delivery = self._deliverer = delivery
+
     @asynccontextmanager
     async def lifespan(self, _app: Any = None) -> AsyncIterator[None]:
         await self.startup()
@@ -427,6 +443,8 @@ class TaskManager:
         self._housekeeping.start()
         self.book.began(self.clock(), me.version, BEGAN)
         self.recorder.start()
+        if self._deliverer is not None:
+            self._deliverer.start()
         self.scheduler.start(self._housekeeping.introduced, fires=self.runs_tasks)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_TIMEOUT):
@@ -466,6 +484,8 @@ class TaskManager:
         last = deadline + LAST_WRITES
         await self.recorder.stop()
         await self.journal.flush(last)
+        if self._deliverer is not None:
+            await self._deliverer.stop()
         await housekeeping.sign_off(last)
         await self.journal.stop(last)
         await self.observers.stop(last)

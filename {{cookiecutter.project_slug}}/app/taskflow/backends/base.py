@@ -428,6 +428,8 @@ class Demand:
     """Task name -> executor kind."""
     slots: Mapping[str, int]
     """Executor kind -> free slots."""
+    queues: Mapping[str, int] | None = None
+    """How many of which queues' tasks at most; None where that does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -490,6 +492,8 @@ class TurnResult:
     """Queues that have limits, with `pending` as this turn left it."""
     left: bool = False
     """Whether tasks became ready that this instance did not start: others may want to know."""
+    arrived: Mapping[str, int] = field(default_factory=dict)
+    """How many tasks this turn made ready, by queue."""
 
 
 @dataclass(frozen=True, slots=True)

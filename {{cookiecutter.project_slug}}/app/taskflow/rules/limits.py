@@ -43,6 +43,7 @@ class Limits:
     ) -> None:
         self._names = demand.names
         self._slots = {kind: free for kind, free in demand.slots.items() if free > 0}
+        self._most = demand.queues
         self._queues = queues
         self._closed = closed
         self._levels = levels
@@ -62,13 +63,17 @@ class Limits:
         return True
 
     def allowed(self, queue: str) -> int:
-        """How many more of this queue's tasks may start, on all instances together."""
-        state = self._queues.get(queue)
+        """How many more of this queue's tasks may start: on all instances together, and here."""
+        state, wanted = self._queues.get(queue), self._wanted(queue)
         if state is None or (state.concurrency is None and not state.paused):
-            return CLAIM_BATCH
+            return wanted
         if state.paused or queue in self._closed:
             return 0
-        return (state.concurrency or 0) - self._levels.running[queue] - self._started[queue]
+        return min(wanted, (state.concurrency or 0) - self._levels.running[queue] - self._started[queue])
+
+    def _wanted(self, queue: str) -> int:
+        """How many more of this queue's tasks this instance asks for."""
+        return CLAIM_BATCH if self._most is None else self._most.get(queue, 0) - self._started[queue]
 
     def wishes(self, rotation: int, levels: Levels) -> list[Wish]:
         """Shares the slots among the queues. `rotation` changes from turn to turn, and with it who is served first."""

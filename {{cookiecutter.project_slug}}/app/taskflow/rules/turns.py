@@ -6,6 +6,7 @@ changes; where they do not hold any more it does so again, with everything shown
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
@@ -98,6 +99,7 @@ class Decision:
     def result(self, applied: Applied) -> TurnResult:
         claimed = [*self.admitted.started, *applied.claimed]
         known = {item.attempt_id for item in claimed}
+        arrived = self._arrived()
         claimed += [item for item in self.orphans if item.attempt_id not in known]
         return TurnResult(
             existing=frozenset(self.admitted.existing),
@@ -112,16 +114,22 @@ class Decision:
             more=(self.more and bool(claimed)) or bool(self.admitted.existing),  # which may have held others' slots
             next_due=self.next_due,
             queues=self.queues,
-            left=self._arrived > len(applied.claimed),
+            left=sum(arrived.values()) > len(applied.claimed),
+            arrived=arrived,
         )
 
-    @property
-    def _arrived(self) -> int:
-        """How many tasks this turn made ready."""
-        ready, changes = TaskStatus.PENDING, self.changes
-        statuses = [item.status for item in changes.inserts] + [item.status for item in changes.endings]
-        statuses += [update.values.get("status", "") for update in changes.updates.values()]
-        return statuses.count(ready.value)
+    def _arrived(self) -> dict[str, int]:
+        """How many tasks this turn made ready, by queue."""
+        ready, changes = TaskStatus.PENDING.value, self.changes
+        queues = [item.queue for item in changes.inserts if item.status == ready]
+        if again := {item.task_id for item in changes.endings if item.status == ready}:
+            queues += [finish.task.queue for finish in self.turn.finishes if finish.task.task_id in again]
+        queues += [
+            update.values.get("queue", update.row.queue)
+            for update in changes.updates.values()
+            if update.values.get("status") == ready
+        ]
+        return Counter(queues)
 
     def _answers(self, applied: Applied) -> list[Answer]:
         if not applied.purged:

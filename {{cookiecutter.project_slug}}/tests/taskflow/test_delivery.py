@@ -1,0 +1,193 @@
+"""Delivery by a fleet of Celery workers, on real brokers: the row is the truth, a message says that there is work."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.taskflow import TaskFailed, TaskManager, TaskStatus
+from app.taskflow.delivery import CeleryDelivery
+
+from .brokers import RabbitServer, rabbitmq_program
+from .helpers import eventually
+from .servers import BACKENDS, RedisServer, fresh_postgres, fresh_redis, postgres_url, redis_url
+
+pytestmark = pytest.mark.anyio
+MISSING = "there is no RabbitMQ on PATH"
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=["rabbitmq", "redis"])
+def broker(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "redis":
+        if "redis" not in BACKENDS:
+            pytest.skip("this project has no Redis")
+        with RedisServer() as redis:
+            yield redis.url
+        return
+    if rabbitmq_program() is None:
+        if os.environ.get("TASKFLOW_BROKER") == "required":
+            pytest.fail(MISSING)
+        pytest.skip(MISSING)
+    with RabbitServer() as rabbit:
+        yield rabbit.url
+
+
+@pytest.fixture(params=BACKENDS)
+def store(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fresh_redis(redis_url()) if request.param == "redis" else fresh_postgres(postgres_url()) as url:
+        yield url
+
+
+class Fleet:
+    """Workers of one store and one broker, and the web process that this test is."""
+
+    def __init__(self, store: str, broker: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.file = folder / "starts"
+        self.file.touch()
+        self.store, self.broker = store, broker
+        monkeypatch.setenv("FLEET_FILE", str(self.file))
+        monkeypatch.delenv("FLEET_BROKER", raising=False)
+        sys.modules.pop("tests.taskflow.fleet_app", None)
+        from . import fleet_app
+
+        self.manager: TaskManager = fleet_app.define(store)
+        self.log = folder / "workers.log"
+        self.workers: list[subprocess.Popen[bytes]] = []
+
+    def worker(self, *options: str) -> subprocess.Popen[bytes]:
+        celery = [sys.executable, "-m", "celery", "-A", "tests.taskflow.fleet_app", "worker", "--concurrency", "10"]
+        environment = {**os.environ, "FLEET_STORE": self.store, "FLEET_BROKER": self.broker, "PYTHONPATH": str(PROJECT)}
+        with self.log.open("ab") as log:
+            command = [*celery, "--without-mingle", "--without-gossip", *options]
+            process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=log)
+        self.workers.append(process)
+        return process
+
+    def starts(self) -> Counter[tuple[str, str]]:
+        """(Name, task id) -> how often it was started."""
+        lines = [line.split() for line in self.file.read_text().splitlines()]
+        return Counter((line[0], line[1]) for line in lines)
+
+    async def add(self, name: str, *args: Any, **options: Any) -> str:
+        return await self.manager.enqueue(self.manager.registry.named(name).function, *args, **options)
+
+    def purge(self) -> None:
+        """Empties the broker's queues, as an operator might."""
+        delivery = CeleryDelivery(self.manager, self.broker)
+        with delivery.app.connection_for_write() as connection:
+            for queue in delivery.app.amqp.queues.values():
+                bound = queue(connection.default_channel)
+                bound.declare()
+                bound.purge()
+
+    def close(self) -> None:
+        for process in self.workers:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def fleet(store: str, broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    fleet = Fleet(store, broker, tmp_path, monkeypatch)
+    fleet.purge()
+    yield fleet
+    fleet.close()
+
+
+async def test_tasks_run_in_the_fleet_and_not_here(fleet: Fleet) -> None:
+    fleet.manager.deliver_by(fleet.broker)
+    async with fleet.manager.lifespan():
+        fleet.worker()
+        ids = [await fleet.add("add_up", n, 1) for n in range(30)]
+        assert [await fleet.manager.result(task_id, 60) for task_id in ids] == [n + 1 for n in range(30)]
+        retried = await fleet.add("second_try")
+        assert await fleet.manager.result(retried, 30) == "sent"
+        here = fleet.manager.instance_id
+        for task_id in [*ids, retried]:
+            assert (await fleet.manager.store.get(task_id)).instance not in (None, here)
+    assert {int(line.split()[3]) for line in fleet.file.read_text().splitlines()} == {fleet.workers[0].pid}
+
+
+async def test_what_the_broker_lost_is_announced_again(fleet: Fleet) -> None:
+    fleet.manager.deliver_by(fleet.broker)
+    async with fleet.manager.lifespan():
+        ids = [await fleet.add("add_up", n, 1) for n in range(20)]
+        await asyncio.sleep(0.3)
+        fleet.purge()
+        fleet.worker()
+        assert [await fleet.manager.result(task_id, 60) for task_id in ids] == [n + 1 for n in range(20)]
+    assert set(fleet.starts().values()) == {1}
+
+
+async def test_messages_that_say_the_same_again_run_nothing_twice(fleet: Fleet) -> None:
+    fleet.manager.deliver_by(fleet.broker)
+    async with fleet.manager.lifespan():
+        ids = [await fleet.add("add_up", n, 1) for n in range(10)]
+        delivery = fleet.manager.dispatcher.delivery
+        assert isinstance(delivery, CeleryDelivery)
+        delivery._announce({"default": 50})
+        fleet.worker()
+        for task_id in ids:
+            await fleet.manager.result(task_id, 60)
+        await asyncio.sleep(1)
+    assert set(fleet.starts().values()) == {1}
+
+
+async def test_a_limited_queue_stays_within_its_limit_and_gets_on(fleet: Fleet) -> None:
+    fleet.manager.deliver_by(fleet.broker)
+    async with fleet.manager.lifespan():
+        ids = [await fleet.add("in_turn", 0.1) for _ in range(12)]
+        fleet.worker()
+        most = 0
+        while not all([(await fleet.manager.store.get(task_id)).status.terminal for task_id in ids]):
+            running = {state.name: state.running for state in await fleet.manager.store.queues()}
+            most = max(most, running.get("narrow", 0))
+            await asyncio.sleep(0.02)
+        assert 1 <= most <= 2
+
+
+async def test_a_worker_that_is_killed_loses_nothing(fleet: Fleet) -> None:
+    fleet.manager.deliver_by(fleet.broker)
+    async with fleet.manager.lifespan():
+        first = fleet.worker()
+        again, once = await fleet.add("again", 1.5), await fleet.add("once", 1.5)
+        await eventually(lambda: len(fleet.starts()) == 2, 60)
+        fleet.worker()
+        first.send_signal(signal.SIGKILL)
+        await fleet.manager.result(again, 60)
+        with pytest.raises(TaskFailed, match="interrupted"):
+            await fleet.manager.result(once, 60)
+        assert fleet.starts() == {("again", again): 2, ("once", once): 1}
+
+
+async def test_a_worker_that_is_stopped_ends_what_it_runs(fleet: Fleet) -> None:
+    fleet.manager.deliver_by(fleet.broker)
+    async with fleet.manager.lifespan():
+        worker = fleet.worker()
+        task_id = await fleet.add("once", 1.5)
+        await eventually(lambda: fleet.starts()["once", task_id], 60)
+        worker.send_signal(signal.SIGTERM)
+        await fleet.manager.result(task_id, 30)
+        await eventually(lambda: worker.poll() is not None, 30)
+        assert (await fleet.manager.store.get(task_id)).status is TaskStatus.SUCCESS
+
+
+async def test_without_the_setting_this_process_takes_over(fleet: Fleet) -> None:
+    fleet.manager.deliver_by(fleet.broker)
+    async with fleet.manager.lifespan():
+        ids = [await fleet.add("add_up", n, 1) for n in range(10)]
+        await asyncio.sleep(1.5)
+        assert not fleet.starts()
+    fleet.manager.deliver_by(None)
+    async with fleet.manager.lifespan():
+        assert [await fleet.manager.result(task_id, 30) for task_id in ids] == [n + 1 for n in range(10)]
