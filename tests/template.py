@@ -54,7 +54,12 @@ READY_BACKENDS = ready_backends()
 def combinations(**narrowed: Sequence[Answer]) -> list[dict[str, Answer]]:
     """Every combination of the options that are a choice."""
     options = {**OPTIONS, **narrowed}
-    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+    every = (dict(zip(options, values, strict=True)) for values in itertools.product(*options.values()))
+    return [answers for answers in every if goes_together(answers)]
+
+
+def goes_together(answers: Answers) -> bool:
+    return (answers["backend"], answers["delivery"]) != ("sqlite", "celery")
 
 
 def pairwise(**narrowed: Sequence[Answer]) -> list[dict[str, Answer]]:

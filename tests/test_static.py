@@ -60,18 +60,22 @@ def test_a_bake_is_typed(
 ) -> None:
     """Without the modules of the backends that it does not have, too. The other options do not touch a Python file: the
     tree lane compares their bytes."""
-    project = template.bake_quickly(tmp_path, backend=backend, example_tasks=example_tasks)
+    delivery = "none" if backend == "sqlite" or not example_tasks else "celery"
+    project = template.bake_quickly(tmp_path, backend=backend, example_tasks=example_tasks, delivery=delivery)
     must_be_empty(type_complaints(project, tmp_path_factory.getbasetemp() / "mypy"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "delivery"), [*((backend, "none") for backend in BACKENDS), ("postgres", "celery"), ("redis", "celery")]
+)
 def test_a_lock_resolves_with_the_chosen_driver_only(
-    template_of_every_backend: Template, tmp_path: Path, backend: str
+    template_of_every_backend: Template, tmp_path: Path, backend: str, delivery: str
 ) -> None:
-    project = template_of_every_backend.bake_quickly(tmp_path, backend=backend)
+    project = template_of_every_backend.bake_quickly(tmp_path, backend=backend, delivery=delivery)
     run([uv(), "lock", "--quiet"], project)
     packages = {package["name"] for package in tomllib.loads((project / "uv.lock").read_text())["package"]}
     assert packages & set().union(*DRIVERS.values()) == DRIVERS[backend]
+    assert ("celery" in packages) == (delivery == "celery")
     assert packages - {"task-service"} - refused_names() == set(), "could be chosen as project_slug"
 
 

