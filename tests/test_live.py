@@ -1,9 +1,11 @@
 """A baked service lives: its tests pass, it takes a task and finishes it, shows its dashboard, and stops when told."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +93,35 @@ def test_commands_of_the_readme_for_pip(template: Template, backend: str, locati
     (wheel,) = project.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == {path for path in files_of(project) if re.match(r"app/(?!.*__pycache__)", path)}
+
+
+def test_a_fleet_runs_the_tasks(template: Template, tmp_path: Path) -> None:
+    """Made with a delivery: the service accepts, a Celery worker runs; without the setting the service does."""
+    project = template.bake_quickly(tmp_path, backend="postgres", delivery="celery")
+    run([uv(), "sync", "--quiet"], project)
+    programs = f"{shlex.quote(str(project / '.venv' / 'bin'))}"
+    with fresh_location("postgres", tmp_path) as location, fresh_location("redis", tmp_path) as redis:
+        run([uv(), "pip", "install", "--quiet", "--python", str(project / ".venv"), "redis>=8.1.0,<9"], project)
+        broker = redis.partition("?")[0]
+        settings = {"TASKFLOW_URL": location, "TASKFLOW_DELIVERY": broker}
+        with Server(f"exec {programs}/{SERVE}", project, **settings) as server:
+            server.wait_until_ready()
+            task_id = json.loads(server.post("/signup?email=a@example.com"))["task_id"]
+            command = [str(project / ".venv/bin/celery"), "-A", "app.worker", "worker", "--concurrency", "4"]
+            environment = {**os.environ, **settings}
+            worker = subprocess.Popen(command, cwd=project, env=environment, stderr=subprocess.DEVNULL)
+            try:
+                assert server.wait_until_done(task_id, 60) == "success"
+                assert len(json.loads(server.get("/tasks/instances"))) == 2
+            finally:
+                worker.terminate()
+                worker.wait(60)
+            assert_clean_exit(server)
+        with Server(f"exec {programs}/{SERVE}", project, TASKFLOW_URL=location) as server:
+            server.wait_until_ready()
+            task_id = json.loads(server.post("/signup?email=b@example.com"))["task_id"]
+            assert server.wait_until_done(task_id, 60) == "success"
+            assert_clean_exit(server)
 
 
 def run_your_tests(environment: Path, project: Path) -> None:
