@@ -2,8 +2,10 @@
 
 import sys
 
+from app.settings import settings
 from app.taskflow.cli import main
 from app.tasks import task_manager
 
 if __name__ == "__main__":
+    task_manager.version = settings.version
     sys.exit(main(task_manager))

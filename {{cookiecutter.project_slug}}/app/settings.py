@@ -18,6 +18,8 @@ class Settings(BaseSettings):
     """Where the API and the dashboard are."""
     run: bool = True
     """Whether this process runs tasks; otherwise it only accepts them."""
+    cluster: str | None = None
+    """The scheduler of a Dask cluster on which `executor="process"` runs; without, in processes of this machine."""
     delivery: SecretStr | None = None
     """The broker of a fleet of workers that tasks are handed to, in a project that was made with one."""
     admin_username: str | None = None

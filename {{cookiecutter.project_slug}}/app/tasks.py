@@ -15,6 +15,7 @@ task_manager = TaskManager(
     encrypt_args_key=secret(settings.encryption_key),
     encrypted_since=settings.encrypted_since,
     retention_days=settings.retention_days,
+    cluster=settings.cluster,
 )
 
 

@@ -14,5 +14,7 @@ task_manager = TaskManager(
     snapshot_db=settings.url,
     snapshot_interval=30.0,
     encrypt_args_key=secret(settings.encryption_key),
+    encrypted_since=settings.encrypted_since,
     retention_days=settings.retention_days,
+    cluster=settings.cluster,
 )

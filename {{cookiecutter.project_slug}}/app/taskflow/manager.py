@@ -26,6 +26,7 @@ from .background import request_dependency
 from .bulk import BulkRuns
 from .cipher import make_cipher
 from .clock import Clock
+from .cluster import ClusterExecutor
 from .context import CarriedContexts
 from .dependencies import Injector
 from .deploys import BEGAN, code_version
@@ -81,6 +82,7 @@ class TaskManager:
 
     `snapshot_db` is a file path or the URL of any backend; `snapshot_backend` an opened backend; without either, tasks
     live in memory through the same code. `shutdown_timeout` is how many seconds a clean stop waits for running tasks.
+    `cluster` is the address of a Dask scheduler, on which `executor="process"` runs.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class TaskManager:
         queues: Mapping[str, QueueConfig] | None = None,
         max_size: int | None = None,
         retry_replaces_original: bool = True,
+        cluster: str | None = None,
     ) -> None:
         for option, limit in (
             ("max_concurrent_tasks", max_concurrent_tasks),
@@ -132,7 +135,11 @@ class TaskManager:
         executors: dict[str, Executor] = {
             "async": AsyncExecutor(max_concurrent_tasks),
             "thread": ThreadExecutor(max_sync_threads),
-            "process": ProcessExecutor(max_process_workers, process_shutdown_timeout),
+            "process": (
+                ClusterExecutor(cluster, max_process_workers)
+                if cluster
+                else ProcessExecutor(max_process_workers, process_shutdown_timeout)
+            ),
         }
         self.journal = Journal(self.backend, clock=clock)
         cipher = make_cipher(encrypt_args_key, encrypted_since)

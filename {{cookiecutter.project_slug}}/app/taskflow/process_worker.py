@@ -23,7 +23,7 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from . import codec
 from .context import TaskContext, current
@@ -95,7 +95,13 @@ def work(pipe: Connection, parent: int) -> None:
             del request
 
 
-def answer(request: Request, pipe: Connection, registry: TaskRegistry) -> Returned | Raised:
+class Outlet(Protocol):
+    """Where a call's words go to: a pipe, or what stands for one."""
+
+    def send(self, message: Any) -> None: ...
+
+
+def answer(request: Request, pipe: Outlet, registry: TaskRegistry) -> Returned | Raised:
     """Runs one call to its end. What it sets in context variables ends with it."""
     sink = PipeSink(pipe)
     context = TaskContext(**request.context, sink=sink)
@@ -136,9 +142,9 @@ def stored(result: Any, context: TaskContext) -> str | None:
 class PipeSink:
     """Sends a task's words to the parent while its call lasts; a thread that it left behind is not heard."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Outlet) -> None:
         self.pid = os.getpid()
-        self._pipe: Connection | None = pipe
+        self._pipe: Outlet | None = pipe
         self._lock = threading.Lock()
 
     def log(self, context: TaskContext, level: str, message: str, extra: Mapping[str, Any]) -> None:

@@ -42,6 +42,7 @@ ORDER = [
     "executors",
     "process_worker",
     "processes",
+    "cluster",
     "observers",
     "loggers",
     "backends.tables",
