@@ -115,7 +115,7 @@ class ClusterExecutor:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WORDS):
                     await job.silent.wait()
-            client._send_to_scheduler({"op": "variable_delete", "name": mark_of(key)})
+            dask().Variable(mark_of(key), client=client).delete()
             return Returned(*parts) if kind == "returned" else Raised(*parts) if kind == "raised" else None
 
     async def _time(self, job: Job, call: Call) -> None:

@@ -42,6 +42,10 @@ START_TIMEOUT, STOP_TIMEOUT = 60.0, 45.0
 """Seconds that a worker has to start, and to end what it runs."""
 
 
+Token = asyncio.Future[asyncio.Future[None] | None]
+"""Becomes the end of the task that it was spent on."""
+
+
 class Service(Protocol):
     """The task manager, as far as a delivery knows it."""
 
@@ -86,7 +90,7 @@ class CeleryDelivery:
     def __init__(self, service: Service, url: str) -> None:
         self._store, self._journal = service.store, service.journal
         self.app = celery_app(url, list(service.queues))
-        self._asking: defaultdict[str, deque[asyncio.Future[AttemptId | None]]] = defaultdict(deque)
+        self._asking: defaultdict[str, deque[Token]] = defaultdict(deque)
         """Queue -> the tokens that wait for a turn."""
         self._offered: Mapping[str, int] = {}
         """How many of them the turn under way asks for."""
@@ -99,6 +103,8 @@ class CeleryDelivery:
         self._loop = Loop("delivery", self._repair)
         self._sender: ThreadPoolExecutor | None = None
         self._away = False
+        broker = self.app.connection_for_write()
+        self._is_away = (KombuError, OSError, *broker.connection_errors, *broker.channel_errors)
 
     def start(self) -> None:
         self._sender = ThreadPoolExecutor(1, "taskflow-delivery")
@@ -122,7 +128,8 @@ class CeleryDelivery:
         offered, self._offered = Counter(self._offered), {}
         for task in result.claimed:
             if tokens := self._asking.get(task.queue):
-                settle(tokens.popleft(), task.attempt_id)
+                end = self._running[task.attempt_id] = asyncio.get_running_loop().create_future()
+                settle(tokens.popleft(), end)
                 offered[task.queue] -= 1
         for queue, left in offered.items():
             for _ in range(min(left, len(self._asking[queue]))):
@@ -136,16 +143,17 @@ class CeleryDelivery:
         """Runs the next task of a queue, if one is ready, and says how many it ran. In a queue with a limit it goes on
         while there are any: tokens that found the limit reached are gone."""
         ran = 0
-        while (attempt := await self._claim(queue)) is not None:
-            await self._running.setdefault(attempt, asyncio.get_running_loop().create_future())
+        while (end := await self._claim(queue)) is not None:
+            await end
             ran += 1
             state = self._journal.queues.get(queue)
             if state is None or state.concurrency is None:
                 break
         return ran
 
-    async def _claim(self, queue: str) -> AttemptId | None:
-        token: asyncio.Future[AttemptId | None] = asyncio.get_running_loop().create_future()
+    async def _claim(self, queue: str) -> asyncio.Future[None] | None:
+        """The end of the task that started; None where none did."""
+        token: Token = asyncio.get_running_loop().create_future()
         self._asking[queue].append(token)
         self._journal.wake()
         return await token
@@ -169,7 +177,7 @@ class CeleryDelivery:
                     for _ in range(n):
                         self.app.send_task(TASK, (queue,), queue=queue, producer=producer, retry=False)
             self._away = False
-        except (KombuError, OSError) as error:
+        except self._is_away as error:
             self._report(error)
 
     async def _repair(self) -> None:
@@ -208,7 +216,7 @@ class CeleryDelivery:
                     declared.declare()
                     missing[queue] = n - int(declared.queue_declare().message_count)
             self._away = False
-        except (KombuError, OSError) as error:
+        except self._is_away as error:
             self._report(error)
         return {queue: n for queue, n in missing.items() if n > 0}
 
