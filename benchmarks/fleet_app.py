@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from app.taskflow import BackendUnavailable, TaskManager, get_task_context
-from app.taskflow.delivery import celery_app, worker_app
+from app.taskflow.delivery import celery_app
+from app.taskflow.delivery_worker import worker_app
 
 FOLDER = Path(os.environ["FLEET_FOLDER"])
 STORE, BROKER = os.environ["FLEET_STORE"], os.environ["FLEET_BROKER"]

@@ -33,6 +33,7 @@ POSTGRES = (
 
 DELIVERY = (
     "app/taskflow/delivery.py",
+    "app/taskflow/delivery_worker.py",
     "app/worker.py",
     "docs/delivery.md",
     "tests/taskflow/brokers.py",

@@ -39,6 +39,7 @@ LICENSES = {
 }
 OF_THE_DELIVERY = {
     "app/taskflow/delivery.py",
+    "app/taskflow/delivery_worker.py",
     "app/worker.py",
     "docs/delivery.md",
     "tests/taskflow/brokers.py",

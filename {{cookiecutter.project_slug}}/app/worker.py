@@ -1,7 +1,7 @@
 """What the fleet runs: `celery -A app.worker worker`."""
 
 from app.settings import secret, settings
-from app.taskflow.delivery import worker_app
+from app.taskflow.delivery_worker import worker_app
 from app.tasks import task_manager
 
 url = secret(settings.delivery)

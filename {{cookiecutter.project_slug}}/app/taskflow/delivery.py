@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import threading
 from collections import Counter, defaultdict, deque
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol
 
-from celery import Celery, signals  # type: ignore[import-untyped]
+from celery import Celery  # type: ignore[import-untyped]
 from kombu import Exchange, Queue  # type: ignore[attr-defined]
 from kombu.exceptions import KombuError
 
@@ -38,8 +37,6 @@ REPAIR_INTERVAL = 1.0
 """Seconds between looks at what is ready and has no message."""
 MOST_SENT = 500
 """Messages that one look sends for a queue."""
-START_TIMEOUT, STOP_TIMEOUT = 60.0, 45.0
-"""Seconds that a worker has to start, and to end what it runs."""
 
 
 Token = asyncio.Future[asyncio.Future[None] | None]
@@ -229,52 +226,3 @@ class CeleryDelivery:
 def settle(future: asyncio.Future[Any] | None, value: object) -> None:
     if future is not None and not future.done():
         future.set_result(value)
-
-
-# -- the fleet's side
-
-
-class Host:
-    """One instance in a Celery worker's process, with an event loop and a thread of its own."""
-
-    def __init__(self, service: Service, delivery: CeleryDelivery) -> None:
-        self._service, self._delivery = service, delivery
-        self._lock = threading.Lock()
-        self._process = 0
-        self._event_loop: asyncio.AbstractEventLoop | None = None
-
-    def spend(self, queue: str) -> int:
-        """Blocks until what the token stands for has ended."""
-        return asyncio.run_coroutine_threadsafe(self._delivery.spend(queue), self.start()).result()
-
-    def start(self) -> asyncio.AbstractEventLoop:
-        """In this process, which may have been forked from another: by its first message at the latest."""
-        with self._lock:
-            if self._event_loop is None or self._process != os.getpid():
-                self._process, self._event_loop = os.getpid(), asyncio.new_event_loop()
-                threading.Thread(target=self._event_loop.run_forever, name="taskflow-host", daemon=True).start()
-                starting = asyncio.run_coroutine_threadsafe(self._service.startup(), self._event_loop)
-                starting.result(START_TIMEOUT)
-            return self._event_loop
-
-    def stop(self) -> None:
-        with self._lock:
-            if self._event_loop is not None and self._process == os.getpid():
-                asyncio.run_coroutine_threadsafe(self._service.shutdown(), self._event_loop).result(STOP_TIMEOUT)
-                self._event_loop.call_soon_threadsafe(self._event_loop.stop)
-                self._event_loop = None
-
-
-def worker_app(service: Service, url: str) -> Celery:
-    """What `celery -A app.worker worker` runs."""
-    delivery = CeleryDelivery(service, url)
-    service.deliver_by(delivery)
-    host = Host(service, delivery)
-
-    @delivery.app.task(name=TASK)  # type: ignore[untyped-decorator]
-    def run(queue: str) -> int:
-        return host.spend(queue)
-
-    for signal in (signals.worker_process_shutdown, signals.worker_shutdown):
-        signal.connect(lambda **_: host.stop(), weak=False)
-    return delivery.app

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from app.taskflow import QueueConfig, TaskManager, get_task_context
-from app.taskflow.delivery import worker_app
+from app.taskflow.delivery_worker import worker_app
 
 FILE = Path(os.environ["FLEET_FILE"])
 

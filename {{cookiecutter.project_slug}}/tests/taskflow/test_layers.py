@@ -80,6 +80,7 @@ ORDER = [
     "background",
     "host",
     "delivery",
+    "delivery_worker",
     "manager",
     "testing",
     "web",
