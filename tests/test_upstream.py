@@ -142,7 +142,7 @@ def test_an_edited_project_takes_a_newer_version_and_loses_no_edit(owner: Owner)
     owner.upstream(replaced(f"{ENGINE}/clock.py", "import", "# newer\nimport"))
     owner.upstream(replaced(f"{ENGINE}/retry.py", '"""', '"""Newer. '))
     owner.upstream(written(f"{ENGINE}/brand_new.py", b"# new\n"))
-    owner.upstream(gone(f"{ENGINE}/tracing.py"))
+    owner.upstream(gone(f"{ENGINE}/telemetry.py"))
     owner.upstream(appended(f"{ENGINE}/leases.py", "\n# newer\n"))
     owner.here(appended(f"{ENGINE}/retry.py", "\n# ours\n"))
     owner.here(gone(f"{ENGINE}/leases.py"))
@@ -157,7 +157,7 @@ def test_an_edited_project_takes_a_newer_version_and_loses_no_edit(owner: Owner)
         ("updated", "clock.py"),
         ("merged", "retry.py"),
         ("new", "brand_new.py"),
-        ("removed", "tracing.py"),
+        ("removed", "telemetry.py"),
         ("stays removed; upstream changed it", "leases.py"),
     ):
         assert any(line.startswith(what) and line.endswith(path) for line in told.splitlines()), (what, told)
@@ -166,7 +166,7 @@ def test_an_edited_project_takes_a_newer_version_and_loses_no_edit(owner: Owner)
     assert retry.endswith("# ours\n")
     assert "# newer" in owner.file(f"{ENGINE}/clock.py").read_text()
     assert owner.file(f"{ENGINE}/ours.py").read_text() == "# ours alone\n"
-    assert not owner.file(f"{ENGINE}/tracing.py").exists()
+    assert not owner.file(f"{ENGINE}/telemetry.py").exists()
     assert not owner.file(f"{ENGINE}/leases.py").exists()
     record = tomllib.loads(owner.file(f"{ENGINE}/UPSTREAM.toml").read_text())
     assert record["commit"] == git(owner.template, "rev-parse", "HEAD").strip()
@@ -183,10 +183,10 @@ def test_an_edited_project_takes_a_newer_version_and_loses_no_edit(owner: Owner)
 def test_conflicts_are_marked_reported_and_keep_both_sides(owner: Owner) -> None:
     first = owner.file(f"{ENGINE}/clock.py").read_text().splitlines()[0]
     owner.upstream(replaced(f"{ENGINE}/clock.py", first, '"""Theirs.'))
-    owner.upstream(gone(f"{ENGINE}/tracing.py"))
+    owner.upstream(gone(f"{ENGINE}/telemetry.py"))
     owner.upstream(written(f"{ENGINE}/both.py", b"theirs\n"))
     owner.here(replaced(f"{ENGINE}/clock.py", first, '"""Ours.'))
-    owner.here(appended(f"{ENGINE}/tracing.py", "# ours\n"))
+    owner.here(appended(f"{ENGINE}/telemetry.py", "# ours\n"))
     owner.here(written(f"{ENGINE}/both.py", b"ours\n"))
     told = owner.tool("update", "--write", code=1)
     assert "3 files are for you to decide" in told
@@ -194,7 +194,7 @@ def test_conflicts_are_marked_reported_and_keep_both_sides(owner: Owner) -> None
     assert "<<<<<<< yours" in clock
     assert "Ours." in clock
     assert "Theirs." in clock
-    assert owner.file(f"{ENGINE}/tracing.py").read_text().endswith("# ours\n")
+    assert owner.file(f"{ENGINE}/telemetry.py").read_text().endswith("# ours\n")
     both = owner.file(f"{ENGINE}/both.py").read_text()
     assert "ours" in both
     assert "theirs" in both

@@ -78,8 +78,13 @@ def own_frames(stacktrace: str | None, root: str = "") -> Sequence[Frame]:
 
 
 def error_type(stacktrace: str | None) -> str:
-    """The exception's class, as the traceback's last line names it."""
+    """The exception's class, without its module."""
+    return error_class(stacktrace).rpartition(".")[2]
+
+
+def error_class(stacktrace: str | None) -> str:
+    """The exception's class, as the traceback's last line names it; "" where none is known."""
     for line in reversed((stacktrace or "").splitlines()):
         if match := re.match(r"([A-Za-z_][\w.]*)(?::|$)", line):
-            return match[1].rpartition(".")[2]
+            return match[1]
     return ""

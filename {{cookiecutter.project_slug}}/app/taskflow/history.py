@@ -116,6 +116,8 @@ class Book:
         self._changed: dict[tuple[int, int, Series], Sums] = {}
         self._names: dict[Kind, set[str]] = {"queue": set(), "name": set()}
         self._totals: dict[tuple[str, str], Sums] = {}
+        self.levels: Mapping[Series, Mapping[str, float]] = {}
+        """What there was at the last look."""
 
     @property
     def totals(self) -> Mapping[tuple[str, str], Sums]:
@@ -150,6 +152,7 @@ class Book:
 
     def sampled(self, now: datetime, levels: Mapping[Series, Mapping[str, float]]) -> None:
         self._roll(now)
+        self.levels = levels
         for series, found in levels.items():
             for sums in self._at([series]):
                 sums.levels.update(found)

@@ -59,6 +59,7 @@ from .runner import Runner
 from .scheduler import PeriodicScheduler
 from .schedules import Plan, Schedules
 from .store import TaskStore
+from .telemetry import Meters
 from .ticks import Misfire, checked_misfire, make_trigger
 from .transactions import enlist
 
@@ -162,6 +163,7 @@ class TaskManager:
         self.bulk = BulkRuns(self.store)
         self.book = Book()
         self.journal.listeners.append(self.book.turned)
+        self.meters = Meters(self.journal.listeners, lambda: self.book.levels)
         self.recorder = Recorder(self.book, self.store, self.journal, clock=clock, sample_every=snapshot_interval)
         self.schedules = Schedules(self.registry, self.backend, self.journal, self.store, clock=clock)
         self.scheduler = PeriodicScheduler(self.schedules, self.journal, clock=clock)
@@ -446,6 +448,7 @@ class TaskManager:
         )
         self.carried.used = self.runs_tasks
         self.observers.start()
+        self.meters.start()
         self.journal.start(self.instance_id)
         self._housekeeping.start()
         self.book.began(self.clock(), me.version, BEGAN)
@@ -495,6 +498,7 @@ class TaskManager:
             await self._deliverer.stop()
         await housekeeping.sign_off(last)
         await self.journal.stop(last)
+        self.meters.stop()
         await self.observers.stop(last)
         await self.dispatcher.wait_closed(last)
 

@@ -31,6 +31,7 @@ from .errors import TaskflowError, UnknownFunction, signal_of, text_of, trace_te
 from .executors import Call, completed
 from .models import TaskConfig
 from .registry import TaskDefinition, TaskRegistry
+from .telemetry import restored
 from .texts import fields_text
 
 LONGEST_TRACE = 32_000
@@ -52,6 +53,8 @@ class Request(NamedTuple):
     arguments: str
     context: Mapping[str, Any]
     """Fields of the TaskContext, without its sink."""
+    trace: str | None = None
+    """The span of the attempt, as a W3C traceparent."""
 
 
 class Began(NamedTuple):
@@ -107,9 +110,10 @@ def answer(request: Request, pipe: Outlet, registry: TaskRegistry) -> Returned |
     context = TaskContext(**request.context, sink=sink)
     current.set(context)
     try:
-        function = Call(definition_of(request, registry), request.arguments, context).bound()
-        pipe.send(Began())
-        return Returned(stored(completed(function(), asyncio.run), context))
+        with restored(request.trace):
+            function = Call(definition_of(request, registry), request.arguments, context).bound()
+            pipe.send(Began())
+            return Returned(stored(completed(function(), asyncio.run), context))
     except BaseException as error:  # noqa: BLE001 - user code: SystemExit is that task's failure
         return raised(error)
     finally:

@@ -40,6 +40,7 @@ from .loops import until
 from .models import ExecutorKind
 from .process_worker import Began, Progressed, Raised, Request, Returned, Said, hold_signals, work
 from .registry import TaskFunction
+from .telemetry import current_traceparent
 
 START_TIME = 120.0
 """Seconds in which a worker must have imported the task's module. A task's own timeout counts from there."""
@@ -280,7 +281,13 @@ def request_of(call: Call) -> Request:
     context = {field.name: getattr(call.context, field.name) for field in fields(TaskContext) if field.name != "sink"}
     context["tags"] = dict(call.context.tags)
     return Request(
-        function.__module__, function.__qualname__, layers(function), definition.name, call.arguments, context
+        function.__module__,
+        function.__qualname__,
+        layers(function),
+        definition.name,
+        call.arguments,
+        context,
+        current_traceparent(),
     )
 
 

@@ -28,8 +28,8 @@ from .failures import failure_of
 from .models import EventKind, TaskConfig, TaskStatus
 from .registry import TaskDefinition, TaskRegistry
 from .retry import LONGEST_DELAY, seconds_until_retry
+from .telemetry import attempt_span
 from .texts import clean
-from .tracing import attempt_span
 
 LONGEST_ERROR = 4_000
 LONGEST_STACKTRACE = 32_000
@@ -113,18 +113,17 @@ class Runner:
         task = attempt.task
         try:
             definition = self._registry.for_task(task.task_id, task.name) or self._registry.named(task.name)
-            with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
+            with attempt_span(task) as span:
                 outcome = await self._outcome(attempt, definition)
-            return self.ended(attempt, definition.config, outcome)
+                return span.ended(self.ended(attempt, definition.config, outcome))
         except BaseException as error:  # noqa: BLE001 - the net under user code: its objects may raise wherever we look
             return self.broken(attempt, error)
 
     def run_here(self, attempt: Attempt, definition: TaskDefinition, loop: asyncio.AbstractEventLoop) -> Finish:
         """The same on the calling thread, for a function that `needs_only_a_thread`; what it raises is for `broken`."""
-        task = attempt.task
-        with attempt_span(task.name, task.task_id, task.attempt - 1, task.trace):
+        with attempt_span(attempt.task) as span:
             outcome = self._outcome_here(attempt, definition, loop)
-        return self.ended(attempt, definition.config, outcome)
+            return span.ended(self.ended(attempt, definition.config, outcome))
 
     def ended(self, attempt: Attempt, config: TaskConfig, outcome: Outcome) -> Finish:
         """What to write of an attempt that came to this."""

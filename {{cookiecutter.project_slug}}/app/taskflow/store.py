@@ -83,8 +83,8 @@ from .models import (
 )
 from .options import NO_OPTIONS, AddOptions, key_of, priority_of, queue_of, start_of, tags_of
 from .registry import ADD_TASK_OPTIONS, TaskDefinition, TaskFunction, TaskRegistry, arguments_by_name, held
+from .telemetry import current_traceparent, sent_traceparent
 from .texts import key_text, readable
-from .tracing import current_traceparent
 
 logger = logging.getLogger("taskflow")
 
@@ -265,10 +265,11 @@ class TaskStore:
         tick: datetime | None = None,
     ) -> Draft:
         name, config, now = definition.name, definition.config, self._clock()
+        queue = self._known_queue(queue_of(name, options) or config.queue or DEFAULT_QUEUE)
         return Draft(
             task_id=task_id,
             name=name,
-            queue=self._known_queue(queue_of(name, options) or config.queue or DEFAULT_QUEUE),
+            queue=queue,
             priority=priority_of(name, options, config.priority),
             executor=definition.executor,
             max_attempts=definition.max_attempts,
@@ -280,7 +281,9 @@ class TaskStore:
             source="manual" if schedule is None else "scheduled",
             schedule=schedule,
             key=key,
-            trace=current_traceparent(options.traceparent),
+            trace=sent_traceparent(name, task_id, queue, definition.executor, options.traceparent)
+            if schedule is None
+            else current_traceparent(),  # nobody sends it: each instance drafts every tick, and one draft is taken
         )
 
     def _known_queue(self, name: str) -> str:

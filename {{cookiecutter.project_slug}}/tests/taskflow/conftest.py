@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry import trace
+from opentelemetry.metrics import _internal as metrics
+from opentelemetry.util._once import Once
 
 from app.taskflow import TaskManager
 from app.taskflow.backends import Backend, open_backend
@@ -91,6 +94,16 @@ def quick_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.taskflow.journal.ACCEPT_TIMEOUT", 0.7)
     monkeypatch.setattr("app.taskflow.manager.START_TIMEOUT", 0.2)
     monkeypatch.setattr("app.taskflow.housekeeping.CANCEL_INTERVAL", 0.1)
+
+
+@pytest.fixture
+def no_providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process can give OpenTelemetry its providers once; so can a test with this, and the next test finds none."""
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER_SET_ONCE", Once())
+    monkeypatch.setattr(metrics, "_METER_PROVIDER", None)
+    monkeypatch.setattr(metrics, "_METER_PROVIDER_SET_ONCE", Once())
+    monkeypatch.setattr(metrics, "_PROXY_METER_PROVIDER", metrics._ProxyMeterProvider())
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from pydantic import BaseModel, BeforeValidator, SecretStr
 
 from app.taskflow import CancelTask, RetryLater, get_task_context, task_log
@@ -102,6 +103,18 @@ def tell_context() -> list[Any]:
     context = get_task_context()
     assert context is not None
     return [context.task_id, context.func_name, context.attempt, dict(context.tags), context.traceparent]
+
+
+def trace_below() -> list[str]:
+    """With an SDK of this process: what a span of the function's own is below of, and in which trace."""
+    with TracerProvider(shutdown_on_exit=False).get_tracer("theirs").start_as_current_span("inside") as span:
+        assert isinstance(span, ReadableSpan)
+        assert span.parent is not None
+        return [f"{span.parent.trace_id:032x}", f"{span.parent.span_id:016x}"]
+
+
+async def trace_below_async() -> list[str]:
+    return trace_below()
 
 
 def talk() -> str:

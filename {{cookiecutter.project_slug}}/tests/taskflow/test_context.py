@@ -12,7 +12,6 @@ import pytest
 from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
 from opentelemetry import trace
-from opentelemetry.context import Context
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
 from app.taskflow import ManagedBackgroundTasks, TaskManager, TaskStatus, get_task_context, task_log
@@ -230,42 +229,6 @@ def test_the_traceparent_header_of_a_request_is_carried_when_it_is_one(
     with TestClient(app) as client:
         client.post("/look", headers={"traceparent": header} if header else {})
     assert found == [{"tenant": "nobody", "traceparent": stored, "trace": TRACE_ID if stored else 0}]
-
-
-class Notebook(trace.NoOpTracer):
-    """A tracer that writes down which spans were started, and under which parent."""
-
-    def __init__(self) -> None:
-        self.spans: list[tuple[str, SpanContext, dict[str, Any]]] = []
-
-    def start_span(self, name: str, context: Context | None = None, *args: Any, **kwargs: Any) -> trace.Span:
-        parent = trace.get_current_span(context).get_span_context()
-        self.spans.append((name, parent, dict(kwargs.get("attributes") or {})))
-        return NonRecordingSpan(SpanContext(parent.trace_id, len(self.spans), is_remote=False))
-
-    @contextmanager
-    def start_as_current_span(  # type: ignore[override]
-        self, name: str, context: Context | None = None, *args: Any, **kwargs: Any
-    ) -> Iterator[trace.Span]:
-        with trace.use_span(self.start_span(name, context, **kwargs)) as span:
-            yield span
-
-
-async def test_each_attempt_is_a_span_of_its_own_below_the_caller_s(
-    start_manager: StartManager, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    notebook = Notebook()
-    monkeypatch.setattr(trace, "get_tracer", lambda *_args, **_kwargs: notebook)
-    manager = await start_manager(define)
-    with in_a_span(), calling_as("acme"):
-        task_id = await manager.enqueue(task(manager, "look_again"))
-    await manager.result(task_id, PATIENCE)
-    assert [(name, parent.trace_id, parent.span_id) for name, parent, _ in notebook.spans] == [
-        ("task look_again", TRACE_ID, SPAN_ID)
-    ] * 3
-    assert [attributes for *_, attributes in notebook.spans] == [
-        {"task.id": task_id, "task.name": "look_again", "task.attempt": number} for number in range(3)
-    ]
 
 
 # -- words

@@ -64,7 +64,7 @@ class Reader:
 
 
 @pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_providers: None) -> Iterator[Reader]:
     monkeypatch.chdir(tmp_path)
     found = Reader(tmp_path)
     yield found
