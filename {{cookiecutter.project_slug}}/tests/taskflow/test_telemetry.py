@@ -435,9 +435,23 @@ def total(numbers: Numbers, name: str) -> int:
     return sum(point.value for point in numbers.points(name))
 
 
-async def test_without_an_sdk_nothing_is_registered(start_manager: StartManager) -> None:
+async def test_meters_are_looked_for_at_the_start(start_manager: StartManager) -> None:
     manager = await start_manager()
-    assert not any("Meters" in str(listener) for listener in manager.journal.listeners)
+    before = len(manager.journal.listeners)
+    numbers = Numbers()
+
+    @manager.task
+    async def nothing() -> None: ...
+
+    await manager.result(await manager.enqueue(nothing), PATIENCE)
+    assert numbers.points("messaging.taskflow.attempts") == []
+    await manager.shutdown()
+    await manager.startup()
+    assert len(manager.journal.listeners) == before + 1
+    await manager.result(await manager.enqueue(nothing), PATIENCE)
+    await eventually(lambda: total(numbers, "messaging.taskflow.attempts") == 1)
+    await manager.shutdown()
+    assert len(manager.journal.listeners) == before
 
 
 # -- without the API
