@@ -29,6 +29,7 @@ from typing import NamedTuple
 from app.settings import settings
 from app.taskflow import TaskflowError, TaskStatus
 from app.taskflow.backends import Backend, open_backend, parse_location
+from app.taskflow.cli import positive
 from app.taskflow.models import Cursor, TaskFilter, utc_now
 from tests.taskflow.servers import BACKENDS, PostgresServer, RedisServer, Server, ServerNotFound, bound_to_this_process
 
@@ -183,20 +184,26 @@ class Torture:
             time.sleep(self.chance.uniform(*REST))
             self.note_deaths()
             self.chance.choice(ordeals)()
-        (self.folder / QUIET).touch()
 
     def finish(self) -> Evidence:
-        """Waits until nothing waits or runs any more, stops everybody, and collects."""
+        """Waits until nothing is added, waits or runs any more, and collects. The store is read before everybody is
+        stopped: a task that hangs would end as interrupted by that."""
+        (self.folder / QUIET).touch()
         deadline = time.monotonic() + DRAIN_TIMEOUT
-        while (n := asyncio.run(unfinished(self.url))) and time.monotonic() < deadline:
-            tell(f"{n} tasks are left")
+        while (left := self.busy() or asyncio.run(unfinished(self.url))) and time.monotonic() < deadline:
+            tell(f"the end: {left} are left")
             time.sleep(0.5)
             self.note_deaths()
+        held = asyncio.run(stored(self.url))
         for life in self.lives:
             self.end(life)
         tell("")
         promised, starts, refused = read_notes(self.folder)
-        return Evidence(promised, starts, self.harms, asyncio.run(stored(self.url)), refused)
+        return Evidence(promised, starts, self.harms, held, refused)
+
+    def busy(self) -> int:
+        """Instances that may still add something."""
+        return sum(not (self.folder / f"{life.number}.{QUIET}").exists() for life in self.lives)
 
 
 # -- the store
@@ -286,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
     )
     kinds = ["sqlite", *BACKENDS]
     made.add_argument("--minutes", type=float, default=1.0, help="how long instances are tortured (default: 1)")
-    made.add_argument("--instances", type=int, default=3, help="how many run at a time (default: 3)")
+    made.add_argument("--instances", type=positive, default=3, help="how many run at a time (default: 3)")
     made.add_argument("--seed", type=int, help="of the choices that are made; a report names its own")
     made.add_argument("--freeze", type=float, default=5.0, metavar="SECONDS", help="the longest (default: 5)")
     made.add_argument(
@@ -337,6 +344,8 @@ def main() -> int:
         code = 0 if torture(options, folder) else 1
     except (NotTortured, TaskflowError) as error:
         print(error, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped before its end: there is no report", file=sys.stderr)
     finally:
         if code == 1:
             print(f"What every instance noted and logged is in {folder}", file=sys.stderr)

@@ -43,7 +43,7 @@ LOOK = 0.5
 """Seconds between two looks at how many wait."""
 KEYED = "torture_keyed"
 QUIET = "quiet"
-"""The file that says: add nothing more."""
+"""The file that says: add nothing more. An instance answers with one of its own: it will not."""
 
 
 class NotTortured(Exception):
@@ -107,10 +107,10 @@ def team_offers(manager: TaskManager) -> Iterator[Offer]:
     """What the team named. Raises NotTortured where that cannot be called."""
     try:
         tasks: Sequence[Callable[..., object]] = import_module(TEAM).TASKS
-    except ModuleNotFoundError as error:
-        if error.name != TEAM:
-            raise
-        return
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == TEAM:  # nothing is named
+            return
+        raise NotTortured(f"{TEAM} cannot be imported: {error}") from error
     for task in tasks:
         call = task if isinstance(task, partial) else partial(task)
         try:
@@ -270,12 +270,19 @@ async def live(folder: Path, life: int, seed: str) -> None:
     notes.watch(manager)
     caller = Caller(manager, notes, folder, random.Random(seed))
     stop = asyncio.Event()
+
+    def called(done: asyncio.Task[None]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            (folder / f"{life}.{QUIET}").touch()
+        else:  # an error ends this process, which is seen
+            stop.set()
+
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     async with manager.lifespan():
         while manager.unready() and not stop.is_set():
             await asyncio.sleep(0.02)
         calling = asyncio.create_task(caller.call())
-        calling.add_done_callback(lambda done: stop.set() if not done.cancelled() and done.exception() else None)
+        calling.add_done_callback(called)
         (folder / f"{life}.up").touch()
         await stop.wait()
         calling.cancel()

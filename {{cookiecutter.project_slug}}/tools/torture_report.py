@@ -84,9 +84,9 @@ def task_lines(evidence: Evidence, findings: Sequence[Finding]) -> Iterator[str]
     )
     yield ""
     yield (
-        f"{unheard} more were stored that nobody was promised: their caller was killed before it heard of them, or a "
-        f"task added them. {evidence.refused} were refused. A task is interrupted when its process goes away while it "
-        "runs, unless it says `requeue_on_interrupt`."
+        f"{unheard} more were stored that nobody was promised: their caller or the store was killed before the answer "
+        f"came, or a task added them. {evidence.refused} were refused. A task is interrupted when its process goes "
+        "away while it runs, unless it says `requeue_on_interrupt`."
     )
 
 

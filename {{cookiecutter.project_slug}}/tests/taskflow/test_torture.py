@@ -15,7 +15,7 @@ from app.taskflow import TaskManager, TaskStatus
 from app.taskflow.models import utc_now
 from app.taskflow.testing import drain
 from tests import torture_tasks
-from tools import torture
+from tools import torture, torture_instance
 from tools.torture_instance import Notes, NotTortured, read_notes, team_manager, team_offers
 from tools.torture_report import Setting, report
 from tools.torture_verdict import (
@@ -215,6 +215,19 @@ def test_yours_are_functions_or_partials_that_fit(monkeypatch: pytest.MonkeyPatc
             list(team_offers(manager))
 
 
+def test_without_a_file_that_names_yours_none_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torture_instance, "TEAM", "tests.no_torture_tasks")
+    assert list(team_offers(TaskManager())) == []
+
+
+def test_a_file_that_names_a_function_that_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torture_of_the_gone.py").write_text("from app.tasks import no_such_function\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torture_instance, "TEAM", "torture_of_the_gone")
+    with pytest.raises(NotTortured, match="torture_of_the_gone cannot be imported: cannot import name"):
+        list(team_offers(TaskManager()))
+
+
 # -- a real one
 
 
@@ -225,7 +238,7 @@ def run_torture(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_short_torture_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
     page = tmp_path / "torture.md"
-    done = run_torture("--minutes", "0.08", "--instances", "2", "--store", "sqlite", "--report", str(page))
+    done = run_torture("--minutes", "0.05", "--instances", "2", "--store", "sqlite", "--report", str(page))
     assert done.returncode == 0, done.stdout + done.stderr
     text = page.read_text()
     assert "**Passed.**" in text
