@@ -5,7 +5,7 @@ store off, and says in one page what became of every task: accepted, lost, doubl
 Its own tasks are called, and yours that `TASKS` of `tests/torture_tasks.py` names, with all that they do. The exit code
 is 0 when nothing was lost and nothing ran twice, 1 when something was, 2 when it could not begin or go on.
 
-Owns the processes and what is done to them. The invariant: it writes to a store that was empty before it came.
+Owns the processes and what is done to them. The invariant: every process that it started has ended before it does.
 """
 
 from __future__ import annotations
@@ -16,26 +16,24 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from app.settings import settings
-from app.taskflow import TaskflowError, TaskStatus
-from app.taskflow.backends import Backend, open_backend, parse_location
+from app.taskflow import TaskflowError
 from app.taskflow.cli import positive
-from app.taskflow.models import Cursor, TaskFilter, utc_now
-from tests.taskflow.servers import BACKENDS, PostgresServer, RedisServer, Server, ServerNotFound, bound_to_this_process
+from app.taskflow.models import utc_now
+from tests.taskflow.servers import BACKENDS, Server, bound_to_this_process
 
 from .torture_instance import QUIET, NotTortured, read_notes, team_manager, team_offers
 from .torture_report import Setting, report
-from .torture_verdict import Evidence, Harm, Stored, judge
+from .torture_store import is_file, lock, store, stored, unfinished
+from .torture_verdict import Evidence, Harm, judge
 
 ROOT = Path(__file__).resolve().parents[1]
 REST = (0.3, 2.0)
@@ -164,14 +162,17 @@ class Torture:
         time.sleep(self.chance.uniform(0, 1))
         self.start()
 
-    def ordeals(self, longest_freeze: float) -> Sequence[Callable[[], None]]:
-        """As often as each stands here."""
-        ordeals: list[Callable[[], None]] = [*[self.kill] * 4, *[self.stop] * 2]
+    def ordeals(self, longest_freeze: float) -> Iterator[Callable[[], None]]:
+        """A kill, and then all of them over and over, each time in another order: none is left out by chance."""
+        ordeals: list[Callable[[], None]] = [*[self.kill] * 3, *[self.stop] * 2]
         if longest_freeze > 0:
             ordeals += [lambda: self.freeze(longest_freeze)] * 2
         if self.server is not None or is_file(self.url):
             ordeals.append(self.cut)
-        return ordeals
+        yield self.kill
+        while True:
+            self.chance.shuffle(ordeals)
+            yield from ordeals
 
     # -- the whole of it
 
@@ -183,7 +184,7 @@ class Torture:
             tell(f"{elapsed:.0f} of {seconds:.0f} s, {len(self.harms)} times something was done to an instance")
             time.sleep(self.chance.uniform(*REST))
             self.note_deaths()
-            self.chance.choice(ordeals)()
+            next(ordeals)()
 
     def finish(self) -> Evidence:
         """Waits until nothing is added, waits or runs any more, and collects. The store is read before everybody is
@@ -204,78 +205,6 @@ class Torture:
     def busy(self) -> int:
         """Instances that may still add something."""
         return sum(not (self.folder / f"{life.number}.{QUIET}").exists() for life in self.lives)
-
-
-# -- the store
-
-
-def is_file(url: str) -> bool:
-    return parse_location(url).get_backend_name() == "sqlite"
-
-
-def lock(url: str, seconds: float) -> None:
-    path = parse_location(url).database or ""
-    with closing(sqlite3.connect(path, timeout=30, isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        time.sleep(seconds)
-        connection.execute("ROLLBACK")
-
-
-async def unfinished(url: str) -> int:
-    backend = open_backend(url)
-    try:
-        return sum(count.n for count in await backend.counts() if not count.status.terminal)
-    finally:
-        await backend.close()
-
-
-async def stored(url: str) -> dict[str, Stored]:
-    """Every task that the store holds, by its id."""
-    backend, found, now = open_backend(url), dict[str, Stored](), utc_now()
-    before: Cursor | None = None
-    try:
-        while True:
-            page = await backend.page(TaskFilter(), before, 500)
-            for task in page.tasks:
-                waits = task.status is TaskStatus.PENDING and task.run_at > now
-                found[task.task_id] = Stored(task.func_name, task.status, waits)
-            if (before := page.older) is None:
-                return found
-    finally:
-        await backend.close()
-
-
-async def refuse_used(url: str) -> None:
-    """Raises NotTortured for the service's own store, and for one that holds anything."""
-    backend = open_backend(url)
-    try:
-        if backend.name == open_backend(settings.url).name:
-            raise NotTortured(f"{backend.name} is where the service keeps its tasks: name another store, an empty one")
-        if await backend.is_current() and await holds_anything(backend):
-            raise NotTortured(f"{backend.name} holds tasks or schedules: a torture runs on an empty store only")
-    finally:
-        await backend.close()
-
-
-async def holds_anything(backend: Backend) -> bool:
-    page = await backend.page(TaskFilter(), None, 1)
-    return bool(page.tasks or await backend.schedules() or await asyncio.to_thread(backend.pulses))
-
-
-@contextmanager
-def store(url: str | None, kind: str, folder: Path) -> Iterator[tuple[str, Server | None]]:
-    """The URL of an empty store, and its server where that is the torture's own. Raises NotTortured."""
-    if url:
-        asyncio.run(refuse_used(url))
-        yield url, None
-    elif kind == "sqlite":
-        yield f"sqlite:///{folder / 'tasks.db'}", None
-    else:
-        try:
-            with PostgresServer() if kind == "postgres" else RedisServer() as server:
-                yield server.url, server
-        except ServerNotFound as error:
-            raise NotTortured(f"{error}. Or name an empty store with --url") from error
 
 
 # -- the command line

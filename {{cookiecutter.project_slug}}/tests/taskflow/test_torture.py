@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from app.taskflow import TaskManager, TaskStatus
 from app.taskflow.models import utc_now
 from app.taskflow.testing import drain
 from tests import torture_tasks
-from tools import torture, torture_instance
+from tools import torture_instance
+from tools.torture import Torture
 from tools.torture_instance import Notes, NotTortured, read_notes, team_manager, team_offers
 from tools.torture_report import Setting, report
+from tools.torture_store import refuse_used
 from tools.torture_verdict import (
     Evidence,
     Fault,
@@ -184,15 +187,15 @@ def used(url: str, *, schedule: bool) -> None:
 
 @pytest.mark.parametrize("schedule", [False, True])
 def test_a_store_that_holds_anything_is_refused(shared_location: str, schedule: bool) -> None:
-    asyncio.run(torture.refuse_used(shared_location))  # empty
+    asyncio.run(refuse_used(shared_location))  # empty
     used(shared_location, schedule=schedule)
     with pytest.raises(NotTortured, match="holds tasks or schedules: a torture runs on an empty store only"):
-        asyncio.run(torture.refuse_used(shared_location))
+        asyncio.run(refuse_used(shared_location))
 
 
 def test_the_store_of_the_service_is_refused_even_when_it_is_empty() -> None:
     with pytest.raises(NotTortured, match="is where the service keeps its tasks"):
-        asyncio.run(torture.refuse_used(settings.url))
+        asyncio.run(refuse_used(settings.url))
 
 
 def test_tasks_that_would_go_to_another_store_are_refused(tmp_path: Path) -> None:
@@ -229,6 +232,16 @@ def test_a_file_that_names_a_function_that_is_gone_is_refused(monkeypatch: pytes
 
 
 # -- a real one
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_ordeal_is_left_out_by_chance(tmp_path: Path, seed: int) -> None:
+    on_a_file = Torture("sqlite:///tasks.db", tmp_path, None, seed=seed, stop_timeout=1)
+    first, *others = islice(on_a_file.ordeals(longest_freeze=5), 9)
+    assert first == on_a_file.kill
+    assert (others.count(on_a_file.kill), others.count(on_a_file.stop), others.count(on_a_file.cut)) == (3, 2, 1)
+    elsewhere = Torture("redis://127.0.0.1/7", tmp_path, None, seed=seed, stop_timeout=1)
+    assert set(islice(elsewhere.ordeals(longest_freeze=0), 50)) == {elsewhere.kill, elsewhere.stop}
 
 
 def run_torture(*words: str) -> subprocess.CompletedProcess[str]:
