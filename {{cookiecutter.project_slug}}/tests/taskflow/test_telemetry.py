@@ -493,6 +493,6 @@ print(asyncio.run(main()), asked, telemetry.trace, telemetry.metrics, telemetry.
 
 
 def test_without_the_api_tasks_run_and_one_module_alone_has_asked_for_it() -> None:
-    command = [sys.executable, "-c", BLIND, TRACEPARENT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    command, project = [sys.executable, "-c", BLIND, TRACEPARENT], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split("\n")[0] == f"[None, None] ['app.taskflow.telemetry'] None None {TRACEPARENT}", done.stderr
