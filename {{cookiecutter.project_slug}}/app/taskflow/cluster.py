@@ -1,7 +1,7 @@
 """The process executor on a Dask cluster: where `executor="process"` runs once `cluster=` names a scheduler.
 
 Owns the client, and the way of one attempt's call to the cluster and back. The invariant: a call begins once. Dask runs
-what a dead worker had begun again; here the second one finds the first one's mark and refuses. What crosses is what
+what a dead worker had begun again; here the scheduler is asked first, and says that somebody had. What crosses is what
 crosses to a worker process (`process_worker.py`): the codec's text; nothing that was stored is unpickled. Dask is
 looked up when it is needed, because few projects have it.
 """
@@ -17,12 +17,15 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
+from time import monotonic
 from typing import Any
 
 from .context import TaskContext, current
 from .errors import TaskDefinitionError, WorkerLost
 from .executors import Call
+from .loops import until
 from .models import ExecutorKind
 from .process_worker import Began, Raised, Request, Returned, answer
 from .processes import WorkerTraceback, rebuilt, request_of, result_of
@@ -38,6 +41,7 @@ LAST_WORDS = 2.0
 LOOK_INTERVAL = 0.25
 """Seconds after which a call on the cluster notices that nobody waits for it any more."""
 LOST = "lost"
+BEGIN = "taskflow_begin"
 
 
 def dask() -> Any:
@@ -50,12 +54,16 @@ def dask() -> Any:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A call that is away. Both events are set from what the cluster says."""
+    """A call that is away, and what was heard of it."""
 
     context: TaskContext
     began: asyncio.Event = field(default_factory=asyncio.Event)
-    silent: asyncio.Event = field(default_factory=asyncio.Event)
-    """Once it says nothing more."""
+    words: int = 0
+    """Log lines and progress."""
+
+    def said(self, words: int) -> bool:
+        """Whether as many were heard as were sent."""
+        return self.words >= words
 
 
 class ClusterExecutor:
@@ -99,7 +107,7 @@ class ClusterExecutor:
             future = client.submit(perform, tuple(request), self._topic, key, key=key, pure=False, retries=0)
             timer = asyncio.create_task(self._time(job, call))
             try:
-                kind, *parts = await future
+                kind, words, *parts = await future
             except asyncio.CancelledError:
                 with suppress(Exception):
                     await asyncio.shield(client.cancel([future]))
@@ -112,10 +120,7 @@ class ClusterExecutor:
             finally:
                 timer.cancel()
                 future.release()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LAST_WORDS):
-                    await job.silent.wait()
-            dask().Variable(mark_of(key), client=client).delete()
+            await until(partial(job.said, words), monotonic() + LAST_WORDS)
             return Returned(*parts) if kind == "returned" else Raised(*parts) if kind == "raised" else None
 
     async def _time(self, job: Job, call: Call) -> None:
@@ -132,6 +137,7 @@ class ClusterExecutor:
                         self._address, asynchronous=True, set_as_default=False, timeout=CONNECT_TIMEOUT
                     )
                     client.subscribe_topic(self._topic, self._hear)
+                    await client.register_plugin(begin_once(), name=BEGIN)
                     self._client, self._away = client, False
                 except (OSError, TimeoutError) as error:
                     self._report(error)
@@ -160,11 +166,11 @@ class ClusterExecutor:
             case "Began", _:
                 job.began.set()
             case "Said", (level, message, extra):
+                job.words += 1
                 job.context.sink.log(job.context, level, message, json.loads(extra))
             case "Progressed", (value,):
+                job.words += 1
                 job.context.sink.progress(job.context, value)
-            case "end", _:
-                job.silent.set()
 
     def close(self) -> None: ...
 
@@ -183,26 +189,48 @@ REGISTRY = TaskRegistry()
 """Of a worker of the cluster: the tasks that it was asked for."""
 
 
-def mark_of(key: str) -> str:
-    return f"taskflow-{key}"
+def begin_once() -> Any:
+    """What the scheduler is asked before a call begins. A class of a function crosses with its code, so that the
+    scheduler needs none of ours."""
+    name = BEGIN
+
+    class BeginOnce(dask().SchedulerPlugin):  # type: ignore[misc]
+        idempotent = True  # the first one stays, whoever comes later
+
+        def __init__(self) -> None:
+            self.begun: set[str] = set()
+
+        async def start(self, scheduler: Any) -> None:
+            self.scheduler = scheduler
+            scheduler.handlers[name] = self.begin
+
+        def begin(self, key: str, topic: str) -> bool:
+            """Whether nobody has begun it; whoever waits for it is told that it begins."""
+            if key in self.begun:
+                return False
+            self.begun.add(key)
+            self.scheduler.log_event(topic, [key, "Began"])
+            return True
+
+        def transition(self, key: str, start: str, finish: str, *_: Any, **__: Any) -> None:
+            if finish == "forgotten":
+                self.begun.discard(key)
+
+    return BeginOnce()
 
 
 def perform(request: tuple[Any, ...], topic: str, key: str) -> tuple[Any, ...]:
-    """What a worker of the cluster does: ("returned", ...) or ("raised", ...), or LOST where another one had begun."""
-    distributed, worker = dask(), dask().get_worker()
-    mark = distributed.Variable(mark_of(key), client=distributed.get_client())
-    try:
-        mark.get(timeout=0)
-    except TimeoutError:
-        mark.set(worker.address)
-    else:
-        return (LOST,)
+    """What a worker of the cluster does: "returned" or "raised", with how many words it sent and what came of it; LOST
+    where another one had begun."""
+    worker = dask().get_worker()
+    if not import_module("distributed.utils").sync(worker.loop, getattr(worker.scheduler, BEGIN), key=key, topic=topic):
+        return (LOST, 0)
     said = Said(worker, topic, key)
     try:
         reply = contextvars.copy_context().run(answer, Request(*request), said, REGISTRY)
     finally:
-        said.end()
-    return ("returned" if isinstance(reply, Returned) else "raised", *reply)
+        said.ended.set()
+    return ("returned" if isinstance(reply, Returned) else "raised", said.words, *reply)
 
 
 class Said:
@@ -210,21 +238,20 @@ class Said:
 
     def __init__(self, worker: Any, topic: str, key: str) -> None:
         self._worker, self._topic, self._key = worker, topic, key
-        self._ended = threading.Event()
+        self.ended = threading.Event()
+        self.words = 0
 
     def send(self, message: Any) -> None:
         if isinstance(message, Began):
             threading.Thread(target=self._watch, args=(current.get(),), daemon=True).start()
+            return
+        self.words += 1
         parts = [dict(part) if isinstance(part, Mapping) else part for part in message]
         self._worker.log_event(self._topic, [self._key, type(message).__name__, *parts])
 
-    def end(self) -> None:
-        self._ended.set()
-        self._worker.log_event(self._topic, [self._key, "end"])
-
     def _watch(self, context: TaskContext) -> None:
         """A call that was cancelled, or timed out, is told so; nothing can end it."""
-        while not self._ended.wait(LOOK_INTERVAL):
+        while not self.ended.wait(LOOK_INTERVAL):
             known = self._worker.state.tasks.get(self._key)
             if known is None or known.state in ("cancelled", "released", "forgotten"):
                 context.cancelled = True
