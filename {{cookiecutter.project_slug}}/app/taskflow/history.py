@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from .backends.base import Finish, GaugeRow, TurnResult
 from .models import EPOCH, EventKind, TaskStatus, from_micros, to_micros
 
-Kind = Literal["all", "queue", "name", "version"]
+Kind = Literal["all", "queue", "name", "version", "lost"]
 Series = tuple[Kind, str]
 KEPT: Mapping[int, timedelta] = {10: timedelta(hours=2), 60: timedelta(hours=48), 3_600: timedelta(days=60)}
 """Seconds of a bucket -> how long it is kept."""
@@ -28,6 +28,8 @@ BOUNDS = tuple(factor * 10.0**power for power in range(-3, 5) for factor in (1, 
 MOST_SERIES = 500
 """Names, and queues, with sums of their own; more are added to OTHERS."""
 OTHERS = "(other)"
+RESCUED = "rescued"
+"""Tasks: what the sums of a lost process count."""
 WHOLE: Series = ("all", "")
 
 
@@ -146,9 +148,16 @@ class Book:
 
     def began(self, now: datetime, version: str, what: str) -> None:
         """A process of that version started."""
+        self._note(now, ("version", version), what, 1)
+
+    def lost(self, now: datetime, process: str, rescued: int) -> None:
+        """Another process went without a word, and this one saw to what it had left."""
+        self._note(now, ("lost", process), RESCUED, rescued)
+
+    def _note(self, now: datetime, series: Series, what: str, n: int) -> None:
         self._roll(now)
-        for sums in self._at([("version", version)]):
-            sums.counts[what] += 1
+        for sums in self._at([series]):
+            sums.counts[what] += n
 
     def sampled(self, now: datetime, levels: Mapping[Series, Mapping[str, float]]) -> None:
         self._roll(now)
@@ -270,3 +279,26 @@ def by_series(rows: Iterable[GaugeRow]) -> dict[str, Sums]:
     for row in rows:
         found.setdefault(row.series, Sums()).add(loads(row.sums))
     return found
+
+
+class Lost(NamedTuple):
+    at: datetime
+    """The minute in which it was noticed."""
+    process: str
+    version: str
+    instance_id: str
+    rescued: int
+
+
+def lost(rows: Iterable[GaugeRow]) -> list[Lost]:
+    """From rows of the kind "lost". Who saw to one process with others adds its share."""
+    found: dict[str, Lost] = {}
+    for row in rows:
+        process, _, rest = row.series.partition(" ")
+        version, _, instance_id = rest.rpartition(" ")
+        known, n = found.get(row.series), loads(row.sums).counts[RESCUED]
+        if known is None:
+            found[row.series] = Lost(from_micros(row.at), process, version, instance_id, n)
+        else:
+            found[row.series] = known._replace(at=min(known.at, from_micros(row.at)), rescued=known.rescued + n)
+    return list(found.values())

@@ -93,6 +93,11 @@ def exists(pid: int) -> bool:
     return True
 
 
+def process_words(instance: Instance) -> str:
+    """As people tell processes apart: what it was, and which version of the application it ran."""
+    return f"{instance.host}:{instance.pid} {instance.version} {instance.instance_id}"
+
+
 class Heartbeat:
     """Renews this instance's lease from a thread of its own, and knows whether that worked."""
 
@@ -185,7 +190,10 @@ class Housekeeping:
         requeue_pending: bool = True,
         retention_days: float | None = None,
         lease_seconds: float = LEASE_SECONDS,
+        lost: Callable[[datetime, str, int], None] = lambda _now, _process, _rescued: None,
     ) -> None:
+        """`lost` hears of each process that went without a word, and how many tasks it had left."""
+        self._lost = lost
         self._store = store
         self._queues = queues
         self._requeue_pending = requeue_pending
@@ -258,23 +266,28 @@ class Housekeeping:
 
     async def _rescue(self) -> None:
         dead = await self._dead()
-        if not dead:
-            return
-        rescued = 0
-        while (answer := await self._journal.obey(Rescue(dead))).changed:
+        before = self.rescued
+        for pulse in dead:
+            rescued = await self._rescue_from(pulse)
+            if not pulse.signed_off:
+                self._lost(self._clock(), process_words(pulse.instance), rescued)
+        if n := self.rescued - before:
+            logger.warning("rescued %d tasks that %d lost instances left running", n, len(dead))
+
+    async def _rescue_from(self, pulse: Pulse) -> int:
+        """How many tasks it had left."""
+        instance_id, rescued = pulse.instance.instance_id, 0
+        while (answer := await self._journal.obey(Rescue({instance_id: pulse.stamp}))).changed:
             rescued += answer.changed
             self.rescued += answer.changed
-        for instance_id, stamp in dead.items():
-            await asyncio.to_thread(self._backend.leave, instance_id, stamp)
-        self._watch.forget(dead)
-        if rescued:
-            logger.warning("rescued %d tasks that %d lost instances left running", rescued, len(dead))
+        await asyncio.to_thread(self._backend.leave, instance_id, pulse.stamp)
+        self._watch.forget([instance_id])
+        return rescued
 
-    async def _dead(self) -> Mapping[str, int]:
-        """Instance id -> the stamp of its last heartbeat."""
+    async def _dead(self) -> Sequence[Pulse]:
         pulses = await self._others()
         gone = [pulse for pulse in pulses if is_gone(pulse.instance, self._me.machine)]
-        return {pulse.instance.instance_id: pulse.stamp for pulse in [*gone, *self._lapsed(pulses)]}
+        return list({pulse.instance.instance_id: pulse for pulse in [*gone, *self._lapsed(pulses)]}.values())
 
     async def _others(self) -> Sequence[Pulse]:
         pulses = await asyncio.to_thread(self._backend.pulses)

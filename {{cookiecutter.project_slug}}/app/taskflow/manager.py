@@ -445,6 +445,7 @@ class TaskManager:
             requeue_pending=self.requeue_pending,
             retention_days=self.retention_days,
             lease_seconds=self.lease_seconds,
+            lost=self.book.lost,
         )
         self.carried.used = self.runs_tasks
         self.observers.start()

@@ -59,7 +59,7 @@ from .errors import (
     UnknownFunction,
     UnreadableCall,
 )
-from .history import SPANS, Bar, Kind, Span, Sums, bars, by_series
+from .history import SPANS, Bar, Kind, Lost, Span, Sums, bars, by_series, lost
 from .journal import Journal
 from .models import (
     DEFAULT_QUEUE,
@@ -435,6 +435,11 @@ class TaskStore:
         looked_back = min(start - span.step * 24, now - timedelta(days=1))  # to whatever ran before
         found = deploys(await self._backend.gauges(span.size, "version", looked_back))
         return [deploy for deploy in found if deploy.at >= start]
+
+    async def lost(self) -> list[Lost]:
+        """Processes that went without a word in the last day, the newest first, with how many tasks they had left."""
+        found = lost(await self._backend.gauges(60, "lost", self._clock() - timedelta(days=1)))
+        return sorted(found, key=lambda item: item.at, reverse=True)
 
     async def changed_since(self, deploy: Deploy) -> list[Change]:
         """What has become slower, quicker, or fails more or less often than before it."""

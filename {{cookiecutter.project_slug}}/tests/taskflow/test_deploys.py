@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from app.taskflow import TaskManager, TaskStatus
-from app.taskflow.backends.base import GaugeRow, Record
+from app.taskflow.backends.base import Beat, GaugeRow, Instance, Record
 from app.taskflow.deploys import BEGAN, Change, Deploy, changes, code_version, deploys, split
 from app.taskflow.errors import InstanceNotFound
-from app.taskflow.history import SPANS, Bar, Sums, bucket_of
+from app.taskflow.history import RESCUED, SPANS, Bar, Lost, Sums, bucket_of, lost
 from app.taskflow.models import InstanceRecord, to_micros, utc_now
 from app.taskflow.web import charts
 from app.taskflow.web.pages import overview, workers
@@ -264,3 +264,43 @@ def test_the_overview_says_since_which_version_what_moved() -> None:
     assert "Since version v2" in text
     assert "add_up fails more often: 0 % of its attempts before, 50.0 % since" in text
     assert "is slower: 95 % of its attempts took below" in text
+
+
+# -- lost processes
+
+
+def test_who_saw_to_one_process_together_is_added_up() -> None:
+    def gone(minute: int, series: str, rescued: int) -> GaugeRow:
+        return row(minute, series, Sums(Counter({RESCUED: rescued})), "lost")
+
+    found = lost([gone(2, "host:7 v1 beta id-1", 3), gone(1, "host:7 v1 beta id-1", 4), gone(5, "host:8 v2 id-2", 0)])
+    first, second = NOW + timedelta(minutes=1), NOW + timedelta(minutes=5)
+    assert found == [Lost(first, "host:7", "v1 beta", "id-1", 7), Lost(second, "host:8", "v2", "id-2", 0)]
+
+
+async def test_a_lost_process_is_remembered_with_what_it_had_left(start_manager: StartManager) -> None:
+    manager = await start_manager(lambda manager: setattr(manager, "lease_seconds", 1.0))
+    gone = Instance("gone", "elsewhere", "", 7, "", "v1", utc_now())
+    manager.backend.beat(gone, Beat(utc_now(), utc_now() + timedelta(seconds=1), 4, 0))
+
+    async def noticed() -> bool:
+        await manager.recorder.write()
+        return bool(await manager.store.lost())
+
+    await eventually(noticed, 30)
+    (found,) = await manager.store.lost()
+    assert (found.process, found.version, found.instance_id, found.rescued) == ("elsewhere:7", "v1", "gone", 0)
+
+
+def test_the_page_of_workers_lists_them_for_a_day(running: Service) -> None:
+    now = utc_now().replace(second=0, microsecond=0)
+    rows = [
+        GaugeRow(60, to_micros(now - ago), "lost", f"{process} v1 {process}-id", Sums(Counter({RESCUED: 3})).dumps())
+        for process, ago in (("host:7", timedelta(hours=2)), ("host:8", timedelta(hours=30)))
+    ]
+    record = Record(rows, {60: now - timedelta(days=3)})
+    running.client.portal.call(running.manager.journal.obey, record)  # type: ignore[union-attr]
+    text = page(running.client.get("/tasks/dashboard/workers")).text
+    assert "Lost within a day" in text
+    assert "host:7" in text
+    assert "host:8" not in text

@@ -15,6 +15,9 @@ from ...models import InstanceRecord
 from ..auth import actor_of
 from .desk import Desk
 
+MOST_LOST = 20
+"""That are listed."""
+
 
 def add_routes(router: APIRouter, desk: Desk) -> None:
     @router.get("/dashboard/workers")
@@ -26,8 +29,17 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
         resting = [item.instance_id for item in instances if not item.slots]
         drained = await asyncio.gather(*map(desk.store.is_drained, resting))
         rows = facts(instances, now, {one for one, is_drained in zip(resting, drained, strict=True) if is_drained})
-        me = desk.site.manager.instance_id
-        return desk.renderer.page(request, "workers.html", seq=seq, now=now, workers=rows, me=me)
+        me, lost = desk.site.manager.instance_id, await desk.store.lost()
+        return desk.renderer.page(
+            request,
+            "workers.html",
+            seq=seq,
+            now=now,
+            workers=rows,
+            me=me,
+            lost=lost[:MOST_LOST],
+            more=len(lost) > MOST_LOST,
+        )
 
     @router.post("/dashboard/workers/{instance_id}/drain")
     async def drain(request: Request, instance_id: str) -> Response:
