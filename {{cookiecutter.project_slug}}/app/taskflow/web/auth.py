@@ -9,11 +9,9 @@ remembered here until the token would have expired, and is known to the other pr
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import hmac
 import inspect
-import json
 import logging
 import re
 import secrets
@@ -29,6 +27,7 @@ from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
+from itsdangerous import BadData, URLSafeSerializer
 from starlette.requests import HTTPConnection
 
 from ..errors import BackendUnavailable, TaskDefinitionError
@@ -37,6 +36,7 @@ from .visits import Visits
 logger = logging.getLogger("taskflow")
 
 COOKIE = "taskflow_token"
+SIGNED_BY = {"key_derivation": "hmac", "digest_method": hashlib.sha256}
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 SHOWS_NO_TASK = ("/health", "/ready", "/auth/logout")
 MOST_BAD_LOGINS = 10
@@ -143,7 +143,8 @@ class Sessions:
     """Signed tokens of people who logged in, and the ones that were revoked since."""
 
     def __init__(self, secret_key: str | None, seconds: int, *, clock: Callable[[], float] = time) -> None:
-        self._key = secrets.token_bytes(32) if secret_key is None else digest(f"taskflow session {secret_key}")
+        key = secrets.token_bytes(32) if secret_key is None else secret_key.encode("utf-8", "surrogatepass")
+        self._signer = URLSafeSerializer(key, "taskflow session", signer_kwargs=SIGNED_BY)
         self.seconds = seconds
         self._clock = clock
         self._revoked: OrderedDict[str, int] = OrderedDict()
@@ -151,15 +152,14 @@ class Sessions:
     def issue(self, username: str, role: Role = Role.OPERATE) -> str:
         expires = int(self._clock()) + self.seconds
         claims = {"sid": secrets.token_urlsafe(12), "sub": username, "exp": expires, "role": role}
-        body = b64(json.dumps(claims, separators=(",", ":")).encode())
-        return f"{body}.{self._sign(body)}"
+        return str(self._signer.dumps(claims))
 
     def read(self, token: str) -> Session | None:
         """The session of a token that we signed, that has not expired and was not revoked."""
-        body, _, signature = token.partition(".")
-        if not hmac.compare_digest(self._sign(body).encode(), signature.encode("utf-8", "replace")):
+        try:
+            claims = self._signer.loads(token)
+        except BadData:
             return None
-        claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
         session = Session(claims["sid"], claims["sub"], claims["exp"], Role(claims.get("role", Role.READ)))
         if session.expires <= self._clock() or session.session_id in self._revoked:
             return None
@@ -172,13 +172,6 @@ class Sessions:
         while len(self._revoked) >= MOST_REMEMBERED:
             self._revoked.popitem(last=False)
         self._revoked[session.session_id] = session.expires
-
-    def _sign(self, body: str) -> str:
-        return b64(hmac.digest(self._key, body.encode("utf-8", "replace"), "sha256"))
-
-
-def b64(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
 Attempts = OrderedDict[str, deque[tuple[float, str]]]
