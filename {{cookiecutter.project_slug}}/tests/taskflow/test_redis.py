@@ -9,7 +9,7 @@ import redis
 
 from app.taskflow import TaskStatus
 from app.taskflow.backends.base import Demand, LogLine, Purge, Turn
-from app.taskflow.backends.redis import RedisBackend
+from app.taskflow.backends.redis import RedisBackend, of_response
 from app.taskflow.errors import BackendUnavailable, OutcomeUnknown
 from app.taskflow.models import TaskFilter
 
@@ -201,3 +201,20 @@ async def test_what_the_server_does_not_keep_is_said_at_the_start(caplog: pytest
 async def test_what_runs_while_the_server_is_killed_is_recorded_when_it_is_back() -> None:
     with RedisServer() as server:
         await runs_through_a_kill(server, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "away"),
+    [
+        (redis.ResponseError("Error running script (call to f_1): @user_script:1: -OOM command not allowed"), True),
+        (redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'"), True),
+        (redis.exceptions.ReadOnlyError("You can't write against a read only replica."), True),
+        (redis.exceptions.MasterDownError("Link with MASTER is down"), True),
+        (redis.ResponseError("MISCONF Redis is configured to save RDB snapshots"), True),
+        (redis.ResponseError("NOREPLICAS Not enough good replicas to write."), True),
+        (redis.ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value"), False),
+    ],
+)
+def test_what_a_server_answers_is_away_or_about_what_was_sent(answer: redis.ResponseError, away: bool) -> None:
+    """Redis 6 and 7 word what a script came upon differently, and the client takes words away."""
+    assert isinstance(of_response(answer), BackendUnavailable) == away

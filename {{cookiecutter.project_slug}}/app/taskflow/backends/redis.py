@@ -101,6 +101,14 @@ PAGE = 500
 """Tasks that a search reads at a time."""
 AWAY = (redis.ConnectionError, redis.TimeoutError, OSError)
 AWAY_ANSWERS = ("LOADING", "READONLY", "BUSY", "MASTERDOWN", "OOM", "MISCONF", "NOREPLICAS", "TRYAGAIN", "CLUSTERDOWN")
+AWAY_KINDS = (
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+)
+"""Answers whose word the client has taken away. Up to Redis 6 a script's answer has it in the middle, and keeps it."""
 ANNOUNCE_INTERVAL = 0.02
 SCRIPT = Path(__file__).with_name("redis.lua").read_text(encoding="utf-8")
 
@@ -636,7 +644,7 @@ def host_and_port(text: str) -> tuple[str, int]:
 def of_response(error: redis.ResponseError) -> Exception:
     """An answer that is no answer: of a server that starts, is full, or is no master any more, it is away; otherwise it
     is about what was sent."""
-    away = any(word in str(error) for word in AWAY_ANSWERS)
+    away = isinstance(error, AWAY_KINDS) or any(word in str(error) for word in AWAY_ANSWERS)
     return BackendUnavailable(str(error)) if away else error
 
 
