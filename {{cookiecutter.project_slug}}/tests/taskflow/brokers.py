@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ class RabbitServer(Server):
 
     def command(self, port: int) -> list[str]:
         return [rabbitmq_program() or "rabbitmq-server"]
+
+    def _end(self, number: signal.Signals) -> None:
+        """Its program is a script that starts the server, which would outlive its kill."""
+        if number == signal.SIGKILL and self.process is not None:
+            os.killpg(self.process.pid, number)
+        super()._end(number)
 
     def answers(self) -> bool:
         try:
