@@ -28,7 +28,7 @@ from .executors import Call
 from .loops import until
 from .models import ExecutorKind
 from .process_worker import Began, Raised, Request, Returned, answer
-from .processes import WorkerTraceback, rebuilt, request_of, result_of
+from .processes import request_of, value_of
 from .registry import TaskRegistry
 
 logger = logging.getLogger("taskflow")
@@ -88,18 +88,14 @@ class ClusterExecutor:
         until then it waits, as long as the cluster is away."""
         key = f"{call.context.task_id}-{call.context.attempt}"
         job = self._jobs[key] = Job(call.context)
-        if call.limit is not None:  # its own time runs from its beginning
-            call.limit.reschedule(None)
+        call.hold()
         try:
             reply = await self._reply(request_of(call), key, job, call)
         finally:
             del self._jobs[key]
-        match reply:
-            case Returned(text):
-                return None if text is None else result_of(text, call.context)
-            case Raised():
-                raise rebuilt(reply) from WorkerTraceback(reply.trace)
-        raise WorkerLost(None, began=True)
+        if reply is None:
+            raise WorkerLost(None, began=True)
+        return value_of(reply, call.context)
 
     async def _reply(self, request: Request, key: str, job: Job, call: Call) -> Returned | Raised | None:
         while True:
@@ -125,8 +121,7 @@ class ClusterExecutor:
 
     async def _time(self, job: Job, call: Call) -> None:
         await job.began.wait()
-        if call.limit is not None and (seconds := call.definition.config.timeout) is not None:
-            call.limit.reschedule(asyncio.get_running_loop().time() + seconds)
+        call.begin()
 
     async def _connected(self) -> Any:
         """A client; tried until there is one."""

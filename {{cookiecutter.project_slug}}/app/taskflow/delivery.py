@@ -23,11 +23,12 @@ from kombu import Exchange, Queue  # type: ignore[attr-defined]
 from kombu.exceptions import KombuError
 
 from .backends.base import AttemptId, Finish, TurnResult
-from .dispatcher import Deliverer
+from .dispatcher import Delivery
 from .errors import BackendUnavailable
 from .journal import Journal
 from .loops import Loop
 from .models import DEFAULT_QUEUE, QueueConfig, TaskStatus
+from .processes import settle
 from .store import TaskStore
 
 logger = logging.getLogger("taskflow")
@@ -50,7 +51,7 @@ class Service(Protocol):
     journal: Journal
     queues: dict[str, QueueConfig]
 
-    def deliver_by(self, delivery: Deliverer) -> None: ...
+    def deliver_by(self, delivery: Delivery) -> None: ...
 
     async def startup(self) -> None: ...
 
@@ -121,7 +122,8 @@ class CeleryDelivery:
 
     def turned(self, finishes: Sequence[Finish], result: TurnResult) -> None:
         for finish in finishes:
-            settle(self._running.pop(finish.task.attempt_id, None), None)
+            if (end := self._running.pop(finish.task.attempt_id, None)) is not None:
+                settle(end, None)
         offered, self._offered = Counter(self._offered), {}
         for task in result.claimed:
             if tokens := self._asking.get(task.queue):
@@ -185,10 +187,9 @@ class CeleryDelivery:
             ready = await self._ready()
             loop = asyncio.get_running_loop()
             missing = await loop.run_in_executor(self._sender, self._missing, ready) if ready else {}
-            twice = {queue: min(n, self._short.get(queue, 0), MOST_SENT) for queue, n in missing.items()}
-            self._short = missing  # what is missing once may be on its way
-            if any(twice.values()):
-                self._announce({queue: n for queue, n in twice.items() if n})
+            short, self._short = self._short, missing  # what is missing once may be on its way
+            if twice := {queue: min(n, short[queue], MOST_SENT) for queue, n in missing.items() if queue in short}:
+                self._announce(twice)
 
     async def _ready(self) -> dict[str, int]:
         """Queue -> how many of its tasks could start now, by what is known here."""
@@ -221,8 +222,3 @@ class CeleryDelivery:
         if not self._away:  # once an outage
             logger.error("the broker is away (%s): tasks wait, and are announced once it is back", error)
         self._away = True
-
-
-def settle(future: asyncio.Future[Any] | None, value: object) -> None:
-    if future is not None and not future.done():
-        future.set_result(value)

@@ -58,21 +58,18 @@ class Running:
 
 
 class Delivery(Protocol):
-    """Another engine that says when this instance is to take a task, and is told of those that became ready."""
+    """Another engine that says when this instance is to take a task, and is told of those that became ready. It lives
+    as long as the task manager is started."""
+
+    def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
 
     def allows(self) -> Mapping[str, int]:
         """How many tasks of which queues this instance may claim in the turn that is about to begin."""
 
     def turned(self, finishes: Sequence[Finish], result: TurnResult) -> None:
         """One turn is committed."""
-
-
-class Deliverer(Delivery, Protocol):
-    """One that lives as long as the task manager is started."""
-
-    def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
 
 
 class Dispatcher:

@@ -37,7 +37,17 @@ class Call(NamedTuple):
     injected: Mapping[str, Any] = NOTHING
     """Keyword arguments that are not stored: what the function's dependencies resolved to for this attempt."""
     limit: asyncio.Timeout | None = None
-    """Its timeout, already running: an executor that has to start a worker first stops it until the function begins."""
+    """Its timeout, already running: an executor that has to start a worker first holds it until the function begins."""
+
+    def hold(self) -> None:
+        """Its timeout waits for its beginning."""
+        if self.limit is not None:
+            self.limit.reschedule(None)
+
+    def begin(self) -> None:
+        """Its timeout runs from now."""
+        if self.limit is not None and (seconds := self.definition.config.timeout) is not None:
+            self.limit.reschedule(asyncio.get_running_loop().time() + seconds)
 
     def bound(self) -> Callable[[], Any]:
         """The function with its arguments, decoded and checked. Raises UnreadableCall."""

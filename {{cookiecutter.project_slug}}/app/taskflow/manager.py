@@ -30,7 +30,7 @@ from .cluster import ClusterExecutor
 from .context import CarriedContexts
 from .dependencies import Injector
 from .deploys import BEGAN, code_version
-from .dispatcher import Deliverer, Dispatcher
+from .dispatcher import Delivery, Dispatcher
 from .errors import TaskDefinitionError, TaskflowError
 from .executors import AsyncExecutor, Executor, ThreadExecutor
 from .history import Book
@@ -190,7 +190,6 @@ class TaskManager:
         self.version = ""
         """What this process runs, as a release is named; without, a checksum of the application's code."""
         self.get_tasks = request_dependency(self.store)
-        self._deliverer: Deliverer | None = None
         self._housekeeping: Housekeeping | None = None
 
     @property
@@ -400,9 +399,9 @@ class TaskManager:
         join_lifespan(app, self.lifespan)
         install_error_handlers(app)
 
-    def deliver_by(self, delivery: Deliverer | str | None) -> None:
+    def deliver_by(self, delivery: Delivery | str | None) -> None:
         """Tasks are announced to an engine that runs a fleet of workers, and this process takes those only that it is
-        handed. Given a broker's URL, by the engine that the project was made with; None changes nothing.
+        handed. Given a broker's URL, by the engine that the project was made with; None: by nobody.
 
         Raises TaskDefinitionError where it was made with none.
         """
@@ -411,8 +410,8 @@ class TaskManager:
                 module = import_module(".delivery", __package__)
             except ModuleNotFoundError as error:
                 raise TaskDefinitionError("TASKFLOW_DELIVERY: this project was made without a delivery") from error
-            delivery = cast("Deliverer", module.CeleryDelivery(self, delivery))
-        self.dispatcher.delivery = self._deliverer = delivery
+            delivery = cast("Delivery", module.CeleryDelivery(self, delivery))
+        self.dispatcher.delivery = delivery
 
     @asynccontextmanager
     async def lifespan(self, _app: Any = None) -> AsyncIterator[None]:
@@ -454,8 +453,8 @@ class TaskManager:
         self._housekeeping.start()
         self.book.began(self.clock(), me.version, BEGAN)
         self.recorder.start()
-        if self._deliverer is not None:
-            self._deliverer.start()
+        if self.dispatcher.delivery is not None:
+            self.dispatcher.delivery.start()
         self.scheduler.start(self._housekeeping.introduced, fires=self.runs_tasks)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_TIMEOUT):
@@ -495,8 +494,8 @@ class TaskManager:
         last = deadline + LAST_WRITES
         await self.recorder.stop()
         await self.journal.flush(last)
-        if self._deliverer is not None:
-            await self._deliverer.stop()
+        if self.dispatcher.delivery is not None:
+            await self.dispatcher.delivery.stop()
         await housekeeping.sign_off(last)
         await self.journal.stop(last)
         self.meters.stop()

@@ -82,13 +82,9 @@ class ProcessExecutor:
         reply, began = await self._ask(kept or self._hire(), request, call)
         if isinstance(reply, Lost) and kept and not began:  # died while it was idle: a new one runs what it did not
             reply, began = await self._ask(self._hire(), request, call)
-        match reply:
-            case Returned(text):
-                return None if text is None else result_of(text, call.context)
-            case Raised():
-                raise rebuilt(reply) from WorkerTraceback(reply.trace)
-            case Lost(exit_code):
-                raise WorkerLost(exit_code, began=began)
+        if isinstance(reply, Lost):
+            raise WorkerLost(reply.exit_code, began=began)
+        return value_of(reply, call.context)
 
     def close(self) -> None:
         """Ends the workers: idle ones have `shutdown_timeout` seconds to leave, others are killed."""
@@ -123,15 +119,13 @@ class ProcessExecutor:
 
     async def _begun(self, job: Job, call: Call) -> bool:
         """Whether the function began. Until then the task's own time does not run."""
-        if call.limit is not None:
-            call.limit.reschedule(None)
+        call.hold()
         try:
             async with asyncio.timeout(START_TIME):
                 began = await job.began
         except TimeoutError:
             raise TaskflowError(f"its worker process was not ready after {START_TIME:g} s") from None
-        if call.limit is not None and (seconds := call.definition.config.timeout) is not None:
-            call.limit.reschedule(job.loop.time() + seconds)
+        call.begin()
         return began
 
     def _hire(self) -> Worker:
@@ -303,6 +297,13 @@ def layers(function: TaskFunction) -> int:
     raise TaskflowError(
         f"{where(function)} is not what that name stands for in its module: a worker process could not find it"
     )
+
+
+def value_of(reply: Returned | Raised, context: TaskContext) -> Any:
+    """What the function returned. Raises what it raised, with the worker's traceback as the cause."""
+    if isinstance(reply, Raised):
+        raise rebuilt(reply) from WorkerTraceback(reply.trace)
+    return None if reply.result is None else result_of(reply.result, context)
 
 
 def result_of(text: str, context: TaskContext) -> Any:

@@ -105,9 +105,9 @@ MOST_COUNTED = 10_000
 WHOLE = 2**31 - 1
 """Characters: all there are."""
 MOST_LOGGED = 2_000_000
+"""Characters of log lines that are read at a time."""
 LONGEST_LIFE = timedelta(days=365)
 """Of a process that was told to start no more tasks."""
-"""Characters of log lines that are read at a time."""
 PURGE_BATCH = 2_000
 """Rows of every kind."""
 MOST_WARNED = 1_000

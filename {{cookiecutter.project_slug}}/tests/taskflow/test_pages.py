@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -16,7 +17,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 import app.taskflow.web
-from app.taskflow import TaskAdmin, TaskManager
+from app.taskflow import TaskAdmin, TaskManager, task_log
 from app.taskflow.web.html import ERROR_WORDS
 from app.taskflow.web.views import EVENT_WORDS, GLYPHS
 
@@ -205,6 +206,39 @@ def test_a_running_task_shows_its_progress_and_its_log_goes_on(running: Service)
     running.ended(task_id)
     last = page(running.client.get(more))
     assert not [name for _, name, _ in last.attributes if name == "hx-get"], "nothing is asked for after the end"
+
+
+def test_of_a_log_the_newest_lines_are_shown_and_a_refresh_reads_none_of_it(
+    running: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.taskflow.web.pages.task.MOST_LOG_LINES", 3)
+    monkeypatch.setattr("app.taskflow.web.pages.task.MOST_READ", 8)
+
+    @running.manager.task
+    async def say_much() -> None:
+        for n in range(10):
+            task_log(f"line {n}")
+
+    task_id = running.run("say_much")
+    document = show(running, f"/tasks/{task_id}")
+    assert "The newest 3 lines of 8 and more" in document.text
+    assert re.findall(r"line \d", document.text) == ["line 5", "line 6", "line 7"]
+    more = next(value for tag, name, value in document.attributes if name == "hx-get" and "/log?" in value)
+    last = page(running.client.get(more))
+    assert re.findall(r"line \d", last.text) == ["line 8", "line 9"]
+    assert not [name for _, name, _ in last.attributes if name == "hx-get"], "nothing is asked for after the end"
+
+    read: list[int] = []
+    logs = running.manager.store.logs
+
+    async def counted(*args: Any) -> Any:
+        found = await logs(*args)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(running.manager.store, "logs", counted)
+    page(running.client.get(f"/tasks/dashboard/tasks/{task_id}", headers={"HX-Request": "true"}))
+    assert sum(read) <= 2, "of the log that the page has and keeps"
 
 
 def test_arguments_are_hidden_unless_the_team_allows_them(running: Service) -> None:

@@ -36,7 +36,9 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     async def task_page(request: Request, task_id: str, level: Level = "") -> Response:
         seq = await desk.feed.head()
         task = await store.get(checked_id(task_id))
-        events, logs = await asyncio.gather(store.events(task_id), store.logs(task_id, 0, MOST_READ))
+        fresh = "hx-request" not in request.headers  # a page that is refreshed keeps the log that it has
+        events, logs = await asyncio.gather(store.events(task_id), store.logs(task_id, 0, MOST_READ if fresh else 1))
+        end = log_end(logs, 0, None)
         now, why = desk.now(), await store.why(task)
         return desk.renderer.page(
             request,
@@ -50,9 +52,9 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
             events=events[::-1],
             actors=any(event.actor for event in events),
             event_words=views.EVENT_WORDS,
-            logs=log_lines(logs, None, site.redaction, level)[-MOST_LOG_LINES:],
-            log_end=log_end(logs, 0, None),
-            log_ended=task.status.terminal and len(logs) < MOST_READ,
+            logs=log_lines(logs, None, site.redaction, level),
+            log_end=end,
+            log_ended=task.status.terminal and not await store.logs(task_id, end.seq, 1),
             logged=len(logs),
             level=level,
             levels=LEVELS,
@@ -75,13 +77,14 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
         logs = await store.logs(task_id, after, MOST_LOG_LINES)
         if not logs and not task.status.terminal:
             return Response(status_code=204, headers=HEADERS)
+        end = log_end(logs, after, attempt)
         return desk.renderer.page(
             request,
             "log.html",
             task=task,
             logs=log_lines(logs, attempt, site.redaction, level),
-            log_end=log_end(logs, after, attempt),
-            log_ended=task.status.terminal and len(logs) < MOST_LOG_LINES,
+            log_end=end,
+            log_ended=task.status.terminal and not await store.logs(task_id, end.seq, 1),
             level=level,
         )
 
@@ -138,12 +141,13 @@ class LogEnd:
 def log_lines(
     logs: Sequence[LogEntry], attempt: int | None, redaction: Redaction = DEFAULT, level: str = ""
 ) -> list[LogLine]:
-    """Those of a level and above it; of a level of one's own always. `attempt` is that of the line before these."""
-    lines = []
+    """The newest of a level and above it; of a level of one's own always. `attempt` is that of the line before."""
     below = LEVELS[: LEVELS.index(level)] if level else ()
-    for entry in logs:
-        if entry.level.lower() in below:
-            continue
+    found = [entry for entry in logs if entry.level.lower() not in below]
+    if len(found) > MOST_LOG_LINES:
+        attempt = found[-MOST_LOG_LINES - 1].attempt
+    lines = []
+    for entry in found[-MOST_LOG_LINES:]:
         fresh = entry.attempt != attempt and (attempt is not None or entry.attempt > 0)
         extra = records.plain(entry.extra, redaction)
         lines.append(LogLine(entry, entry.attempt + 1 if fresh else None, extra))
