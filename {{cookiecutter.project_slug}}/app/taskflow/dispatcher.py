@@ -138,6 +138,11 @@ class Dispatcher:
         return len(self._running)
 
     @property
+    def busy(self) -> Mapping[str, tuple[int, int]]:
+        """Executor -> calls under way, and how many it takes at once."""
+        return {kind: (self._used[kind], executor.slots) for kind, executor in self._executors.items()}
+
+    @property
     def slots(self) -> int:
         return sum(executor.slots for executor in self._executors.values())
 

@@ -25,7 +25,7 @@ from .errors import BackendUnavailable, TaskflowError
 from .journal import Journal
 from .leases import LOOKS_PER_LEASE, Watch
 from .loops import Loop, until
-from .models import LEASE_SECONDS, Cursor, QueueConfig, TaskFilter, TaskStatus
+from .models import LEASE_SECONDS, Cursor, QueueConfig, TaskFilter, TaskStatus, Vitals
 from .store import TaskStore
 
 logger = logging.getLogger("taskflow")
@@ -74,6 +74,13 @@ def birth_of(pid: int) -> str | None:
     return "" if state in "ZX" else fields[18]
 
 
+def memory_in_use() -> int | None:
+    """Bytes of this process that are in RAM; None where the system does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
 def is_gone(other: Instance, machine: str) -> bool:
     """True only when that process certainly does not exist any more."""
     if not machine or other.machine != machine or not other.birth:
@@ -106,6 +113,7 @@ class Heartbeat:
         backend: Backend,
         me: Instance,
         dispatcher: Dispatcher,
+        journal: Journal,
         *,
         clock: Callable[[], datetime],
         runs_tasks: bool = True,
@@ -115,7 +123,7 @@ class Heartbeat:
         self._lease_seconds = lease_seconds
         self._backend = backend
         self._me = me
-        self._dispatcher = dispatcher
+        self._dispatcher, self._journal = dispatcher, journal
         self._clock = clock
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -136,12 +144,15 @@ class Heartbeat:
         lease_until = now + timedelta(seconds=self._lease_seconds)
         slots = self._dispatcher.slots if self._runs_tasks and not self._dispatcher.retired else 0
         try:
-            self._backend.beat(self._me, Beat(now, lease_until, slots, self._dispatcher.running))
+            self._backend.beat(self._me, Beat(now, lease_until, slots, self._dispatcher.running, self._vitals()))
         except BaseException:
             self._failing = True
             self.failures += 1
             raise
         self._written, self._failing = began, False
+
+    def _vitals(self) -> Vitals:
+        return Vitals(self._dispatcher.busy, self._journal.backlog, self._journal.took, memory_in_use())
 
     def holds(self) -> bool:
         """Whether nobody can have found this instance's lease lapsed."""
@@ -207,7 +218,7 @@ class Housekeeping:
         self.introduced = asyncio.Event()
         """Set once this instance is known to the others, and may claim."""
         self.heartbeat = Heartbeat(
-            backend, me, dispatcher, clock=clock, runs_tasks=runs_tasks, lease_seconds=lease_seconds
+            backend, me, dispatcher, journal, clock=clock, runs_tasks=runs_tasks, lease_seconds=lease_seconds
         )
         self._look_interval = min(RESCUE_INTERVAL, lease_seconds / LOOKS_PER_LEASE)
         self._watch = Watch(lease_seconds, self._look_interval)

@@ -157,6 +157,8 @@ class Journal:
         """Queues that have limits, as the last turn left them."""
         self.last_turn: float | None = None
         """Monotonic time of the last turn that was committed; None before the first."""
+        self.took: float | None = None
+        """Seconds from its beginning to its end."""
         self.last_error: str | None = None
         self.listeners: list[Listener] = []
         """Called after each turn that changed something. Must not block and must not raise."""
@@ -369,7 +371,9 @@ class Journal:
         try:
             if not self._opened:
                 await self._open()
-            return await asyncio.shield(self._backend.turn(self._turn(batch)))
+            result = await asyncio.shield(self._backend.turn(self._turn(batch)))
+            self.took = monotonic() - self._turn_began
+            return result
         finally:
             late.cancel()
             self._turn_began = float("inf")

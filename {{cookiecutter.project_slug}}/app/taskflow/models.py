@@ -427,6 +427,20 @@ class Count:
 
 
 @dataclass(frozen=True, slots=True)
+class Vitals:
+    """How a process was at its last heartbeat."""
+
+    busy: Mapping[str, tuple[int, int]]
+    """Executor -> calls under way, and how many it takes at once."""
+    backlog: int = 0
+    """Tasks, commands, ends and log lines that waited to be written."""
+    commit: float | None = None
+    """Seconds that its last commit took; None before the first."""
+    memory: int | None = None
+    """Bytes; None where the system does not say."""
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceRecord:
     """One process that serves this backend, or did."""
 
@@ -438,6 +452,8 @@ class InstanceRecord:
     heartbeat: datetime
     slots: int
     running: int
+    vitals: Vitals | None = None
+    """None of a process whose code says nothing of that."""
 
     def alive(self, now: datetime) -> bool:
         return now - self.heartbeat < timedelta(seconds=LEASE_SECONDS)

@@ -19,8 +19,18 @@ import pytest
 
 from app.taskflow import BackendUnavailable, TaskStatus
 from app.taskflow.backends import Backend, open_backend
-from app.taskflow.backends.base import Claimed, DeclareQueues, Demand, EditQueue, LogLine, Progress, Requeue, Rescue
-from app.taskflow.models import RETRYABLE, TRANSITIONS, Cursor, EventKind, QueueConfig, TaskFilter
+from app.taskflow.backends.base import (
+    Beat,
+    Claimed,
+    DeclareQueues,
+    Demand,
+    EditQueue,
+    LogLine,
+    Progress,
+    Requeue,
+    Rescue,
+)
+from app.taskflow.models import RETRYABLE, TRANSITIONS, Cursor, EventKind, QueueConfig, TaskFilter, Vitals
 
 from .helpers import (
     IDLE,
@@ -1118,7 +1128,15 @@ async def test_an_instance_is_seen_with_its_lease_and_with_another_stamp_after_e
     assert len({*stamps}) == len(stamps)
     (shown,) = await bench.backend.instances()
     assert (shown.instance_id, shown.pid, shown.started, shown.heartbeat) == ("one", 77, START, bench.now)
-    assert (shown.slots, shown.running) == (4, 0)
+    assert (shown.slots, shown.running, shown.vitals) == (4, 0, None)
+
+
+async def test_how_an_instance_is_comes_with_its_heartbeat(bench: Bench) -> None:
+    for vitals in (Vitals({"async": (3, 1_000)}, 7, 0.002, 84_000_000), Vitals({}), None):
+        bench.pass_time(10)
+        bench.backend.beat(make_instance("one"), Beat(bench.now, bench.now + timedelta(seconds=30), 4, 3, vitals))
+        (shown,) = await bench.backend.instances()
+        assert shown.vitals == vitals
 
 
 async def test_nothing_stays_of_an_instance_that_left_and_it_may_come_again(bench: Bench) -> None:

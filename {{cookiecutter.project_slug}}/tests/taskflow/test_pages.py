@@ -241,6 +241,12 @@ def test_of_a_log_the_newest_lines_are_shown_and_a_refresh_reads_none_of_it(
     assert sum(read) <= 2, "of the log that the page has and keeps"
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not say a process's memory")
+def test_workers_say_how_they_are(running: Service) -> None:
+    document = show(running, "/workers")
+    assert re.search(r"Slots busy Memory Commit Version.* 0 / [\d,]+ \d+ MB [\d.]+ m?s", document.text), document.text
+
+
 def test_arguments_are_hidden_unless_the_team_allows_them(running: Service) -> None:
     assert "Hidden." in show(running, f"/tasks/{running.run('add_up', 41, b=1)}").text
     with service(display_func_args=True) as frank:

@@ -11,7 +11,7 @@ import pytest
 from fastapi import HTTPException
 
 from app.taskflow.history import Bar, Sums
-from app.taskflow.models import Count, InstanceRecord, QueueState, TaskEvent, TaskStatus
+from app.taskflow.models import Count, InstanceRecord, QueueState, TaskEvent, TaskStatus, Vitals
 from app.taskflow.ticks import make_trigger
 from app.taskflow.web import csv
 from app.taskflow.web.navigation import NAVIGATION
@@ -128,6 +128,8 @@ def test_a_version_that_differs_and_a_process_that_is_lost_are_marked() -> None:
     ]
     assert found[0].busy == 0.5
     assert workers.facts([replace(one, slots=0)], NOW)[0].busy == 0.0
+    (told,) = workers.facts([replace(one, vitals=Vitals({"async": (2, 1_000), "thread": (0, 200)}))], NOW)
+    assert told.busy_kinds == [("async", 2)]
 
 
 # -- audit, dead letters

@@ -31,6 +31,7 @@ from ..models import (
     TaskPage,
     TaskRecord,
     TaskStatus,
+    Vitals,
 )
 
 KINDS = ("queue", "schedule", "revoked", "failure", "task", "event", "log")
@@ -517,6 +518,7 @@ class Beat:
     lease_until: datetime
     slots: int
     running: int
+    vitals: Vitals | None = None
 
 
 class Pulse(NamedTuple):

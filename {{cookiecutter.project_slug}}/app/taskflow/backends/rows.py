@@ -26,7 +26,7 @@ from ..models import (
 )
 from .base import Instance, Pulse
 from .cells import mended
-from .stored import STATUSES, broken_words, loads_object, moment, shown_status
+from .stored import STATUSES, broken_words, loads_object, moment, shown_status, vitals_of
 
 
 def event_of(stored: Row[Any] | SimpleNamespace) -> TaskEvent:
@@ -181,4 +181,5 @@ def instance_of(stored: Row[Any] | SimpleNamespace) -> InstanceRecord:
         heartbeat=from_micros(row.beat_at),
         slots=row.slots,
         running=row.running,
+        vitals=vitals_of(row.vitals),
     )

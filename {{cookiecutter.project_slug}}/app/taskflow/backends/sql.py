@@ -208,7 +208,7 @@ class SqlBackend:
     def beat(self, instance: Instance, beat: Beat) -> None:
         row = instance_row(instance, beat)
         stamp = row["beat_at"]
-        changing = {name: row[name] for name in ("beat_at", "lease_until", "slots", "running")}
+        changing = {name: row[name] for name in ("beat_at", "lease_until", "slots", "running", "vitals")}
         known, statement = tables.instance.c.beat_at, self.insert(tables.instance).values(row)
         just_before = known.between(stamp, stamp + 999)  # a clock that stands still, say
         changing["beat_at"] = sa.case((just_before, known + 1), else_=stamp)  # never again the one before

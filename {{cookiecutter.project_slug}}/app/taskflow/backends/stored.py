@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from ..models import DELAYED, Count, QueueState, TaskStatus, from_micros, to_micros
+from pydantic import TypeAdapter, ValidationError
+
+from ..models import DELAYED, Count, QueueState, TaskStatus, Vitals, from_micros, to_micros
 from .base import Beat, Claimed, Draft, Instance, LogLine
 from .changes import StoredQueue, StoredTask
 
@@ -57,6 +60,7 @@ def loads_object(text: str | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+VITALS = TypeAdapter(Vitals)
 LINE = ("task_id", "at", "level", "attempt", "message", "extra")
 
 
@@ -79,7 +83,15 @@ def instance_row(instance: Instance, beat: Beat) -> dict[str, Any]:
         "lease_until": to_micros(beat.lease_until),
         "slots": beat.slots,
         "running": beat.running,
+        "vitals": None if beat.vitals is None else VITALS.dump_json(beat.vitals).decode(),
     }
+
+
+def vitals_of(text: str | None) -> Vitals | None:
+    """None where nothing was said, or nothing that can be read."""
+    with suppress(ValidationError):
+        return None if text is None else VITALS.validate_json(text)
+    return None
 
 
 def claim_of(row: StoredTask) -> Claimed:

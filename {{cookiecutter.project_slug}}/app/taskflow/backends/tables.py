@@ -26,7 +26,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.schema import CreateIndex
 from sqlmodel import Field, SQLModel
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 class Row(SQLModel):
@@ -199,6 +199,7 @@ class InstanceRow(Row, table=True):
     lease_until: int = Field(sa_type=BigInteger)
     slots: int = 0
     running: int = 0
+    vitals: str | None = None
 
 
 class RevokedRow(Row, table=True):
@@ -329,5 +330,6 @@ STEPS: Mapping[int, Sequence[Step]] = {
     ),
     4: (drop_index("taskflow_ready"), add_index(claim_index)),
     5: (add_column(task.c.error_key), add_column(task.c.dismissed_at), add_index(by_error_index)),
+    6: (add_column(instance.c.vitals),),
 }
 """Schema version -> what brings an older schema to it; each may run twice. New tables come by themselves."""

@@ -329,6 +329,16 @@ def short_number(value: int) -> str:
     return f"{value:.2g}"
 
 
+def size(value: int | None) -> str:
+    """Bytes, in three digits."""
+    if value is None:
+        return ""
+    for limit, unit, power in ((10**6, "kB", 3), (10**9, "MB", 6)):
+        if value < limit:
+            return f"{value / 10**power:.0f} {unit}"
+    return f"{value / 10**9:.1f} GB"
+
+
 def percent(part: float, whole: float) -> str:
     if not whole:
         return "0 %"
@@ -452,6 +462,7 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "full": full,
     "glyph": glyph,
     "number": number,
+    "size": size,
     "pairs": pairs,
     "percent": percent,
     "pretty": pretty,

@@ -57,6 +57,12 @@ class Worker:
     """Whether somebody had it start no more tasks."""
 
     @property
+    def busy_kinds(self) -> list[tuple[str, int]]:
+        """Executors that have calls under way, and how many."""
+        vitals = self.instance.vitals
+        return [(kind, calls) for kind, (calls, _) in vitals.busy.items() if calls] if vitals else []
+
+    @property
     def busy(self) -> float:
         return min(1.0, self.instance.running / self.instance.slots) if self.instance.slots else 0.0
 
