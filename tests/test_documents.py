@@ -69,3 +69,11 @@ def test_the_site_builds(project: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Quick start" in (copy / "site/index.html").read_text()
     assert (copy / "site/examples/index.html").exists()
+
+
+def test_asynchronous_tests_run_as_a_page_shows_them(project: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / "testing.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    shown = [block for block in blocks if "async def test_" in block]
+    (tmp_path / "test_shown.py").write_text("\n".join(shown), "utf-8")
+    said = answer(f"{sys.executable} -m pytest -q -p no:cacheprovider -c pyproject.toml {tmp_path}", project, {})
+    assert f"{len(shown)} passed" in said

@@ -9,14 +9,15 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from time import monotonic
 
 from .manager import TaskManager
 from .models import TaskStatus
 
 
 async def drain(manager: TaskManager, timeout: float = 10.0) -> None:
-    """Returns when nothing runs, nothing waits to start now and no schedule is due; retry waits and delayed tasks stay
-    where they are.
+    """Returns when nothing runs, nothing waits to start now, no schedule is due and observers have heard of it all;
+    retry waits and delayed tasks stay where they are.
 
     Raises TimeoutError, naming how many tasks are left, after `timeout` seconds.
     """
@@ -26,8 +27,12 @@ async def drain(manager: TaskManager, timeout: float = 10.0) -> None:
                 manager.scheduler.wake()
                 manager.journal.wake()
                 await asyncio.sleep(0.005)
+            await manager.journal.flush(monotonic() + timeout)  # its listeners hear of a turn after it is committed
+            await manager.observers.delivered()
     except TimeoutError:
-        raise TimeoutError(f"after {timeout:g} s {await unfinished(manager)} tasks still run or wait") from None
+        left = await unfinished(manager)
+        why = f"{left} tasks still run or wait" if left else "an observer has not heard of all"
+        raise TimeoutError(f"after {timeout:g} s {why}") from None
 
 
 async def unfinished(manager: TaskManager) -> int:

@@ -23,7 +23,7 @@ from app.taskflow import TaskManager
 from app.taskflow.backends import Backend, open_backend
 
 from .helpers import Bench
-from .servers import BACKENDS, fresh_postgres, fresh_redis, postgres_url, redis_url
+from .servers import BACKENDS, SERVERS, fresh_postgres, fresh_redis, postgres_url, redis_url
 
 LOCATIONS: dict[str, Callable[[Path], AbstractContextManager[str | None]]] = {
     "sqlite-file": lambda folder: nullcontext(f"sqlite:///{folder / 'tasks.db'}"),
@@ -32,7 +32,7 @@ LOCATIONS: dict[str, Callable[[Path], AbstractContextManager[str | None]]] = {
     "postgres": lambda folder: fresh_postgres(postgres_url()),
 }
 """Backend -> where a test keeps its tasks."""
-HERE = [name for name in LOCATIONS if name.startswith("sqlite") or name in BACKENDS]
+HERE = [name for name in LOCATIONS if name not in SERVERS or name in BACKENDS]
 SHARED = [name for name in HERE if name != "sqlite-memory"]
 """Those that several instances can open at once."""
 

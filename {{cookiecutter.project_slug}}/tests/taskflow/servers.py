@@ -40,7 +40,8 @@ PORTS = range(20_000, 32_000)
 server's own port, and would keep it."""
 DEBIAN = Path("/usr/lib/postgresql")
 MODULES = Path(__file__).parents[2] / "app" / "taskflow" / "backends"
-BACKENDS = [name for name in ("redis", "postgres") if (MODULES / f"{name}.py").exists()]
+SERVERS = ("redis", "postgres")
+BACKENDS = [name for name in SERVERS if (MODULES / f"{name}.py").exists()]
 """Besides SQLite: the one that the service is made for, and in the template itself both."""
 
 

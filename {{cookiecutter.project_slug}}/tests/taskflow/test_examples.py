@@ -219,7 +219,6 @@ async def test_people_are_told_of_what_failed(example: Callable[[str], ModuleTyp
     async with manager.lifespan():
         await manager.enqueue(fails)
         await drain(manager)
-        await manager.observers.delivered()
     assert "fails failed after 1 attempts: no such order" in json.loads(seen[0].content)["text"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from app.taskflow import RetryLater, TaskManager, TaskStatus, get_task_context
+from app.taskflow import LifecycleEvent, RetryLater, TaskManager, TaskObserver, TaskStatus, get_task_context
 from app.taskflow.models import TaskFilter
 from app.taskflow.testing import advance, drain, instant_retries, unfinished
 
@@ -103,6 +103,33 @@ async def test_a_drain_that_takes_too_long_says_how_many_are_left(manager: TaskM
         await manager.enqueue(task(manager, "work"))
     with pytest.raises(TimeoutError, match=r"after 0\.1 s 3 tasks still run or wait"):
         await drain(manager, timeout=0.1)
+
+
+class Slow(TaskObserver):
+    """Hears of everything later than it happens."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.heard: list[str] = []
+
+    async def on_lifecycle(self, event: LifecycleEvent) -> None:
+        await asyncio.sleep(self.seconds)
+        self.heard.append(event.status)
+
+
+async def test_a_drain_returns_when_observers_have_heard_of_it(start_manager: StartManager) -> None:
+    manager = await start_manager(define, loggers=[slow := Slow(0.1)])
+    await manager.enqueue(task(manager, "work"))
+    await drain(manager)
+    assert slow.heard == [TaskStatus.RUNNING, TaskStatus.SUCCESS]
+
+
+async def test_a_drain_that_an_observer_holds_up_says_so(start_manager: StartManager) -> None:
+    manager = await start_manager(define, loggers=[Slow(2.0)])
+    await manager.enqueue(task(manager, "work"))
+    with pytest.raises(TimeoutError, match="after 1 s an observer has not heard of all"):
+        await drain(manager, timeout=1.0)
 
 
 # -- retries without waiting

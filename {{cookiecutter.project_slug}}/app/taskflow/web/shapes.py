@@ -39,7 +39,7 @@ class ShownTask(Shape):
     attempt: int = Field(description="attempts started so far")
     max_attempts: int
     result: Any = Field(description="what the task returned, as plain JSON")
-    progress: dict[str, Any] | None
+    progress: dict[str, Any] | None = Field(description="what the task said last: done, total, message")
     instance: str | None = Field(description="the process that ran it last")
     args: list[Any] | None = Field(None, description="only with display_func_args; null when they are encrypted")
     kwargs: dict[str, Any] | None = Field(None, description="only with display_func_args; null when they are encrypted")
