@@ -31,7 +31,7 @@ LEFT_AFTER_THE_ROUTE = "fastapi_function_astack"
 three times as much as being put there."""
 
 
-UNSAID = (None,) * len(AddOptions._fields)
+UNSAID = (None,) * 7
 """The options of most calls."""
 
 
@@ -73,7 +73,8 @@ class ManagedBackgroundTasks(BackgroundTasks):
         if self._drafts is None:
             raise TaskflowError("add_task() after the response has started: use `await task_manager.enqueue(...)`")
         options = AddOptions(idempotency_key, tags, priority, queue, delay_seconds, run_at, self._traceparent)
-        if (eager, *options[:-1]) != UNSAID and (theirs := self._store.parameters_named_as_options(func)):
+        said_here = (eager, idempotency_key, tags, priority, queue, delay_seconds, run_at)
+        if said_here != UNSAID and (theirs := self._store.parameters_named_as_options(func)):
             said = {**options._asdict(), "eager": eager}
             kwargs |= {name: said[name] for name in theirs if said[name] is not None}
             options = options._replace(**dict.fromkeys({*theirs} - {"eager"}))
