@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from time import monotonic
 from typing import Any
 
@@ -129,6 +130,20 @@ async def test_too_much_news_is_more_and_stays_small(log: Log, feed: Feed) -> No
     late = await feed.next(cursor, soon())
     assert late is not None
     assert late.more
+
+
+async def test_after_news_there_is_a_pause_and_a_longer_one_after_much(
+    log: Log, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "PAUSE", 0.1)
+    monkeypatch.setattr(stream, "PAUSE_EACH", 0.01)
+    news, began, told = feed.follow(await feed.head(), soon()), monotonic(), []
+    for ids in (["a"], ["b"], [f"t{n}" for n in range(40)], ["c"]):
+        log.happens(*ids)
+        assert list((await anext(news)).ids) == ids
+        told.append(monotonic() - began)
+    assert told[0] < 0.1, "the first at once"
+    assert [round(later - before, 1) for before, later in pairwise(told)] == [0.1, 0.1, 0.4]
 
 
 async def test_memory_does_not_grow_with_what_happened(log: Log, feed: Feed) -> None:

@@ -122,6 +122,7 @@ class Renderer:
             user=getattr(request.state, "taskflow_actor", None) if self._asks_for_login else None,
             preferences=Preferences.of(request),
             here=self._site.here(request),
+            is_refresh=is_refresh(request),
             can_operate=getattr(request.state, "taskflow_role", None) == "operate",
             **facts,
         )
@@ -141,11 +142,16 @@ class Renderer:
     def to_login(self, request: Request) -> Response:
         """Where a page goes without a session. A refreshing part of a page must not show the login inside it."""
         login = f"{self._site.base(request)}/auth/login"
-        if "hx-request" in request.headers:
+        if is_refresh(request):
             return Response(status_code=401, headers=HEADERS | {"HX-Redirect": login})
         if request.method == "GET":
             login += f"?next={quote(self._site.here(request), safe='')}"
         return RedirectResponse(login, 302, HEADERS)
+
+
+def is_refresh(request: Request) -> bool:
+    """Whether an open page asks for its part that changes, instead of a person for the page."""
+    return "hx-request" in request.headers
 
 
 def name_of(request: Request) -> str:

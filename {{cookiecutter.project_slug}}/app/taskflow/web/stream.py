@@ -32,6 +32,9 @@ POLL_INTERVAL = 1.0
 GATHERING = 0.1
 """Seconds for which news is gathered before the log is looked at, so that a burst is one look and one message."""
 MOST_IDS = 100
+PAUSE, PAUSE_EACH = 1.0, 0.04
+"""Seconds for which nothing is told after news, and for each task that these named: a page that hears of much asks for
+itself less often, so that a busy system costs it no more than a calm one."""
 WINDOW = 500
 """Newest events the feed remembers, for pages that come back."""
 
@@ -62,6 +65,13 @@ class Feed:
         """The number of the newest event. Raises BackendUnavailable."""
         await self._look()
         return self._head or 0
+
+    async def follow(self, cursor: int, deadline: float) -> AsyncIterator[News]:
+        """What happens after `cursor`, until the monotonic `deadline`, with a pause after each."""
+        while (news := await self.next(cursor, deadline)) is not None:
+            yield news
+            cursor = news.seq
+            await asyncio.sleep(min(max(PAUSE, PAUSE_EACH * len(news.ids)), deadline - monotonic()))
 
     async def next(self, cursor: int, deadline: float) -> News | None:
         """What happened after `cursor`, as soon as something has; None at the monotonic `deadline`."""
@@ -129,11 +139,8 @@ def stream_router(feed: Feed) -> APIRouter:
         last_event_id: Annotated[str | None, Header()] = None,
         after: Annotated[str | None, Query()] = None,
     ) -> AsyncIterator[ServerSentEvent]:
-        deadline = monotonic() + LIFE
-        cursor = sequence_number(last_event_id, after)
-        while (news := await feed.next(cursor, deadline)) is not None:
-            cursor = news.seq
-            yield ServerSentEvent(event="tasks", id=str(cursor), data={"ids": list(news.ids), "more": news.more})
+        async for news in feed.follow(sequence_number(last_event_id, after), monotonic() + LIFE):
+            yield ServerSentEvent(event="tasks", id=str(news.seq), data={"ids": list(news.ids), "more": news.more})
 
     return router
 

@@ -11,6 +11,7 @@ from fastapi import APIRouter, HTTPException
 from fastapi.responses import Response
 
 from ..html import Renderer, page_route
+from ..refreshes import Refreshes
 from ..site import Site
 from ..stream import Feed
 from . import audit, bulk, dead, overview, queues, run, schedules, task, tasks, workers
@@ -21,8 +22,9 @@ SCREENS = (overview, bulk, run, tasks, task, queues, schedules, workers, dead, a
 
 def pages_router(site: Site, feed: Feed, renderer: Renderer) -> APIRouter:
     router = APIRouter(route_class=page_route(renderer), include_in_schema=False)
+    desk = Desk(site, feed, renderer, Refreshes(feed))
     for screen in SCREENS:
-        screen.add_routes(router, Desk(site, feed, renderer))
+        screen.add_routes(router, desk)
 
     @router.get("/dashboard/{rest:path}")
     async def nothing_here(rest: str) -> Response:

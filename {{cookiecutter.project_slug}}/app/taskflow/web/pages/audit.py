@@ -29,6 +29,7 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     store = desk.store
 
     @router.get("/dashboard/audit")
+    @desk.refreshed
     async def audit(
         request: Request, before: Before = None, actor: Text = "", action: Text = "", about: Text = "", since: Text = ""
     ) -> Response:

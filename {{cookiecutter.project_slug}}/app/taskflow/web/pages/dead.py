@@ -18,6 +18,7 @@ PAGE_SIZE = 25
 
 def add_routes(router: APIRouter, desk: Desk) -> None:
     @router.get("/dashboard/dead")
+    @desk.refreshed
     async def dead(
         request: Request,
         tab: Annotated[str, Query(pattern="^(open|dismissed)$")] = "open",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import wraps
+from typing import ParamSpec
 from urllib.parse import urlencode
 
 from fastapi import HTTPException, Request
@@ -11,9 +14,12 @@ from fastapi.responses import RedirectResponse, Response
 
 from ...models import Cursor
 from ...store import TaskStore
-from ..html import HEADERS, Renderer
+from ..html import HEADERS, Renderer, is_refresh
+from ..refreshes import Refreshes
 from ..site import Site
 from ..stream import Feed
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +27,7 @@ class Desk:
     site: Site
     feed: Feed
     renderer: Renderer
+    refreshes: Refreshes
 
     @property
     def store(self) -> TaskStore:
@@ -28,6 +35,22 @@ class Desk:
 
     def now(self) -> datetime:
         return self.site.manager.clock()
+
+    def refreshed(self, page: Callable[P, Awaitable[Response]]) -> Callable[P, Awaitable[Response]]:
+        """A page's function whose refreshes are made once for all who look at it. They see the same but for the frame,
+        which stays as it is."""
+
+        @wraps(page)
+        async def answer(*args: P.args, **asked: P.kwargs) -> Response:
+            request = asked["request"]
+            assert isinstance(request, Request)
+            if not is_refresh(request):
+                return await page(*args, **asked)
+            role = getattr(request.state, "taskflow_role", None)
+            key = (self.site.base(request), self.site.here(request), role)
+            return await self.refreshes.of(request, key, lambda: page(*args, **asked))
+
+        return answer
 
     def go_to(self, request: Request, path: str, **query: str) -> Response:
         """To the page that shows what an action did: `path` is below the dashboard."""

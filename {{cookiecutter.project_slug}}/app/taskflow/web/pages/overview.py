@@ -37,6 +37,7 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     compared = Remembered(store.changed_since, COMPARED_EVERY)
 
     @router.get("/dashboard")
+    @desk.refreshed
     async def overview(request: Request, span: SpanName = "1h") -> Response:
         seq = await desk.feed.head()
         counts, newest, groups, instances, queues = await asyncio.gather(

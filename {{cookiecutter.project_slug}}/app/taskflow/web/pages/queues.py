@@ -31,6 +31,7 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     store = desk.store
 
     @router.get("/dashboard/queues")
+    @desk.refreshed
     async def queues(request: Request, name: Annotated[str, Query(max_length=512)] = "") -> Response:
         seq = await desk.feed.head()
         states, counts, history = await asyncio.gather(store.queues(), store.counts(), store.histories("queue"))

@@ -37,6 +37,7 @@ def add_schedules(router: APIRouter, desk: Desk) -> None:
     schedules = desk.site.manager.schedules
 
     @router.get("/dashboard/schedules")
+    @desk.refreshed
     async def show(request: Request, after: Text = "") -> Response:
         seq = await desk.feed.head()
         states = [state for state in await schedules.states() if state.name > after]
@@ -72,6 +73,7 @@ def add_one_offs(router: APIRouter, desk: Desk) -> None:
     schedules, store = desk.site.manager.schedules, desk.store
 
     @router.get("/dashboard/schedules/once")
+    @desk.refreshed
     async def show(request: Request, after: Annotated[str | None, Query()] = None) -> Response:
         seq = await desk.feed.head()
         cursor = cursor_of(after)

@@ -16,7 +16,7 @@ from ...models import LogEntry, TaskRecord
 from .. import charts, records, views
 from ..api import checked_id
 from ..auth import actor_of
-from ..html import HEADERS, form_of
+from ..html import HEADERS, form_of, is_refresh
 from ..redaction import DEFAULT, Redaction
 from ..site import Site
 from .desk import Desk
@@ -33,11 +33,12 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     store, site = desk.store, desk.site
 
     @router.get("/dashboard/tasks/{task_id}")
+    @desk.refreshed
     async def task_page(request: Request, task_id: str, level: Level = "") -> Response:
         seq = await desk.feed.head()
         task = await store.get(checked_id(task_id))
-        fresh = "hx-request" not in request.headers  # a page that is refreshed keeps the log that it has
-        events, logs = await asyncio.gather(store.events(task_id), store.logs(task_id, 0, MOST_READ if fresh else 1))
+        most = 1 if is_refresh(request) else MOST_READ  # a page that is refreshed keeps the log that it has
+        events, logs = await asyncio.gather(store.events(task_id), store.logs(task_id, 0, most))
         end = log_end(logs, 0, None)
         now, why = desk.now(), await store.why(task)
         return desk.renderer.page(

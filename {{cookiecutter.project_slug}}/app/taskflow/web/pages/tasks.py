@@ -28,6 +28,7 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     store = desk.store
 
     @router.get("/dashboard/tasks")
+    @desk.refreshed
     async def task_list(
         request: Request, q: Annotated[str, Query()] = "", before: Annotated[str | None, Query()] = None
     ) -> Response:

@@ -21,6 +21,7 @@ MOST_LOST = 20
 
 def add_routes(router: APIRouter, desk: Desk) -> None:
     @router.get("/dashboard/workers")
+    @desk.refreshed
     async def workers(request: Request) -> Response:
         seq = await desk.feed.head()
         now = desk.now()
