@@ -156,7 +156,7 @@ def api_router(site: Site) -> APIRouter:
         responses=shapes.UNKNOWN,
     )
     async def events(task_id: str) -> Response:
-        return Json([records.event_row(event) for event in await store.events(checked_id(task_id))])
+        return Json([records.shown(shapes.ShownEvent, event) for event in await store.events(checked_id(task_id))])
 
     @router.get(
         "/{task_id}/logs",
@@ -165,7 +165,8 @@ def api_router(site: Site) -> APIRouter:
         responses=shapes.UNKNOWN,
     )
     async def logs(task_id: str, after: Annotated[int, Query(ge=0, lt=2**63)] = 0) -> Response:
-        return Json([records.log_row(entry, site.redaction) for entry in await store.logs(checked_id(task_id), after)])
+        lines = await store.logs(checked_id(task_id), after)
+        return Json([records.shown(shapes.ShownLogLine, line, site.redaction) for line in lines])
 
     @router.post(
         "/{task_id}/cancel",

@@ -139,13 +139,13 @@ def add_queue_routes(router: APIRouter, site: Site) -> None:
 
     @router.get("/queues", response_model=list[shapes.ShownQueue], summary="Queues, by name")
     async def queues() -> Response:
-        return Json([records.queue_row(state) for state in await store.queues()])
+        return Json([records.shown(shapes.ShownQueue, state) for state in await store.queues()])
 
     @router.patch(
         "/queues/{name:path}", response_model=shapes.ShownQueue, summary="Change limits", responses=shapes.UNKNOWN
     )
     async def edit(request: Request, name: str, change: QueueEdit) -> Response:
-        return Json(records.queue_row(await store.edit_queue(name, change.changes(), actor_of(request))))
+        return Json(records.shown(shapes.ShownQueue, await store.edit_queue(name, change.changes(), actor_of(request))))
 
     @router.post(
         "/queues/{name:path}/pause",
@@ -155,7 +155,7 @@ def add_queue_routes(router: APIRouter, site: Site) -> None:
     )
     async def pause(request: Request, name: str, why: Annotated[Pause | None, Body()] = None) -> Response:
         reason = why.reason if why else None
-        return Json(records.queue_row(await store.pause_queue(name, actor_of(request), reason)))
+        return Json(records.shown(shapes.ShownQueue, await store.pause_queue(name, actor_of(request), reason)))
 
     @router.post(
         "/queues/{name:path}/resume",
@@ -164,7 +164,7 @@ def add_queue_routes(router: APIRouter, site: Site) -> None:
         responses=shapes.UNKNOWN,
     )
     async def resume(request: Request, name: str) -> Response:
-        return Json(records.queue_row(await store.resume_queue(name, actor_of(request))))
+        return Json(records.shown(shapes.ShownQueue, await store.resume_queue(name, actor_of(request))))
 
 
 def add_instance_routes(router: APIRouter, site: Site) -> None:

@@ -1,6 +1,6 @@
 """Records as the API shows them: plain JSON, and nothing that the reader was not meant to see.
 
-Owns the names and shapes of contract section 4. Pure; called by `api.py` and, for values, by `views.py`.
+Owns how a record becomes the shape that `shapes.py` names. Pure; called by `api.py` and, for values, by `views.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import base64
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time
+from functools import cache
 from itertools import repeat
 from typing import Any
 
@@ -24,8 +25,6 @@ from ..models import (
     EventKind,
     InstanceRecord,
     LogEntry,
-    QueueState,
-    ScheduledOnce,
     ScheduleState,
     TaskEvent,
     TaskRecord,
@@ -33,6 +32,7 @@ from ..models import (
 from ..store import Metrics, Retried, TaskStore
 from ..texts import MORE
 from .redaction import DEFAULT, Redaction
+from .shapes import Shape, ShownInstance, ShownMetrics, ShownSchedule, ShownTask
 
 LONGEST_LISTED = 4_000
 """Characters of JSON that a list shows of one task's result, and of its arguments."""
@@ -138,36 +138,22 @@ def marked(value: Any) -> Any:
             return value
 
 
-def iso(moment: datetime | None) -> str | None:
-    return None if moment is None else moment.isoformat()
+def shown(shape: type[Shape], source: object, redaction: Redaction = DEFAULT, **made: Any) -> dict[str, Any]:
+    """What a shape says: `made`, and of the rest the source's attributes of those names, as plain JSON."""
+    return made | {name: plain(getattr(source, name), redaction) for name in required(shape) if name not in made}
+
+
+@cache
+def required(shape: type[Shape]) -> Sequence[str]:
+    return [name for name, field in shape.model_fields.items() if field.is_required()]
 
 
 def task_row(
     store: TaskStore, task: TaskRecord, redaction: Redaction = DEFAULT, *, listed: bool = True
 ) -> dict[str, Any]:
     """A task in a list: without the texts that can be long, and with the beginning of a long result."""
-    return {
-        "task_id": task.task_id,
-        "func_name": task.func_name,
-        "status": task.status,
-        "created_at": iso(task.created_at),
-        "start_time": iso(task.start_time),
-        "end_time": iso(task.end_time),
-        "duration": task.duration,
-        "retries_used": task.retries_used,
-        "error": task.error,
-        "tags": dict(task.tags),
-        "source": task.source,
-        "priority": task.priority,
-        "executor": task.executor,
-        "queue": task.queue,
-        "run_at": iso(task.run_at),
-        "attempt": task.attempt,
-        "max_attempts": task.max_attempts,
-        "result": returned(store, task, redaction, listed=listed),
-        "progress": plain(task.progress, redaction),
-        "instance": task.instance,
-    }
+    result = returned(store, task, redaction, listed=listed)
+    return shown(ShownTask, task, redaction, result=result, tags=dict(task.tags))
 
 
 def task_record(
@@ -193,84 +179,12 @@ def announcements(after: int, upto: int, first: int) -> list[str]:
     return [f"--- Retry {number} ---" for number in range(max(after + 1, min(first, upto)), upto + 1)]
 
 
-def event_row(event: TaskEvent) -> dict[str, Any]:
-    return {
-        "seq": event.seq,
-        "time": iso(event.time),
-        "kind": event.kind,
-        "attempt": event.attempt,
-        "instance": event.instance,
-        "actor": event.actor,
-        "detail": event.detail,
-    }
-
-
-def log_row(entry: LogEntry, redaction: Redaction = DEFAULT) -> dict[str, Any]:
-    return {
-        "seq": entry.seq,
-        "time": iso(entry.time),
-        "level": entry.level,
-        "attempt": entry.attempt,
-        "message": entry.message,
-        "extra": plain(entry.extra, redaction),
-    }
-
-
 def instance_row(instance: InstanceRecord) -> dict[str, Any]:
-    return {
-        "id": instance.instance_id,
-        "host": instance.host,
-        "pid": instance.pid,
-        "version": instance.version,
-        "started": iso(instance.started),
-        "heartbeat": iso(instance.heartbeat),
-        "slots": instance.slots,
-        "running": instance.running,
-    }
-
-
-def queue_row(queue: QueueState) -> dict[str, Any]:
-    return {
-        "name": queue.name,
-        "concurrency": queue.concurrency,
-        "max_size": queue.max_size,
-        "paused": queue.paused,
-        "reason": queue.reason,
-        "pending": queue.pending,
-        "running": queue.running,
-        "finished": queue.finished,
-        "rejected": queue.rejected,
-    }
+    return shown(ShownInstance, instance, id=instance.instance_id)
 
 
 def schedule_row(schedule: ScheduleState) -> dict[str, Any]:
-    return {
-        "name": schedule.name,
-        "func_name": schedule.func_name,
-        "trigger": schedule.trigger,
-        "timezone": schedule.timezone,
-        "next_run": iso(schedule.next_tick),
-        "last_run": iso(schedule.last_run),
-        "last_status": schedule.last_status,
-        "last_task_id": schedule.last_task_id,
-        "paused": schedule.paused,
-        "reason": schedule.reason,
-        "overlap": schedule.overlap,
-        "misfire": schedule.misfire,
-    }
-
-
-def one_off_row(one_off: ScheduledOnce) -> dict[str, Any]:
-    return {
-        "run_key": one_off.run_key,
-        "task_id": one_off.task_id,
-        "func_name": one_off.func_name,
-        "fire_at": iso(one_off.fire_at),
-        "queue": one_off.queue,
-        "priority": one_off.priority,
-        "tags": dict(one_off.tags),
-        "created_at": iso(one_off.created_at),
-    }
+    return shown(ShownSchedule, schedule, next_run=plain(schedule.next_tick))
 
 
 def retried(found: Retried) -> dict[str, Any]:
@@ -295,7 +209,7 @@ def audit_row(event: TaskEvent) -> dict[str, Any]:
         "action": ACTIONS.get(event.kind, event.kind),
         "task_id": event.task_id or None,
         "actor": event.actor,
-        "timestamp": iso(event.time),
+        "timestamp": plain(event.time),
         "detail": detail_object(event.detail),
     }
 
@@ -312,9 +226,5 @@ def detail_object(text: str | None) -> Any:
 
 
 def metrics_json(metrics: Metrics) -> dict[str, Any]:
-    return {
-        "total": metrics.total,
-        **{status.value: n for status, n in metrics.by_status.items()},
-        "success_rate": metrics.success_rate,
-        "avg_duration_seconds": metrics.avg_duration_seconds,
-    }
+    by_status: dict[str, Any] = {status.value: n for status, n in metrics.by_status.items()}
+    return shown(ShownMetrics, metrics, DEFAULT, **by_status)

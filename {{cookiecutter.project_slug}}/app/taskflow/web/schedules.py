@@ -90,7 +90,7 @@ def add_one_off_routes(router: APIRouter, site: Site) -> None:
         place = (cursor.created_at, cursor.task_id) if cursor else None
         found = await schedules.one_offs(after=place, limit=query.limit + 1)
         page = found[: query.limit]
-        rows = [records.one_off_row(one_off) for one_off in page]
+        rows = [records.shown(shapes.ShownScheduledOnce, one_off) for one_off in page]
         if len(found) == len(page):
             return Json(rows)
         last = Cursor(page[-1].fire_at, page[-1].task_id)

@@ -1,7 +1,7 @@
 """The shapes of the API's answers, for OpenAPI and so for /docs.
 
-Owns their description and nothing else: the answers are made by `records.py`, which a test holds to these models, and
-no answer is validated on its way out.
+Owns the names of their fields and their description: `records.py` makes the answers by them, and none is validated on
+its way out.
 """
 
 from __future__ import annotations
