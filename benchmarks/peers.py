@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -35,14 +36,14 @@ SLOW = {"arq": 5, "procrastinate": 5}
 """These get a fifth of the jobs."""
 
 
-def python_of(name: str) -> str:
-    """Of an environment with that peer alone: their dependencies exclude each other."""
+def python_of(name: str, packages: Sequence[str]) -> str:
+    """Of an environment with these packages alone: peers' dependencies exclude each other."""
     folder = ENVIRONMENTS / name
     if not (folder / "ready").exists():
         uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
         subprocess.run([uv, "venv", "--quiet", "--clear", str(folder)], check=True)
         install = [uv, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python")]
-        subprocess.run([*install, *PEERS[name][1]], check=True)
+        subprocess.run([*install, *packages], check=True)
         (folder / "ready").touch()
     return str(folder / "bin" / "python")
 
@@ -52,7 +53,7 @@ def drain(name: str, url: str, jobs: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "done"
         file.touch()
-        command = [python_of(name), str(Path(__file__).with_name("peer.py")), name]
+        command = [python_of(name, PEERS[name][1]), str(Path(__file__).with_name("peer.py")), name]
         subprocess.run([*command, "add", url, str(file), str(jobs)], check=True, cwd=folder)
         with (Path(folder) / "log").open("wb") as log:
             worker = subprocess.Popen([*command, "work", url, str(file), "0"], cwd=folder, stdout=log, stderr=log)
