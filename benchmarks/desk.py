@@ -32,6 +32,7 @@ from fastapi import FastAPI
 
 from .__main__ import ROOT, environment, free_port, wait_for
 from .drain import STORES, location
+from .load import content_length
 
 TASKS, BATCH = 1_000_000, 2_000
 RATE = 200
@@ -210,11 +211,14 @@ def served(url: str, rate: int) -> Iterator[tuple[int, subprocess.Popen[str]]]:
 # -- who asks
 
 
-async def ask(port: int, path: str, *headers: str) -> tuple[int, int, bytes]:
+def request(path: str, *headers: str) -> bytes:
+    return "\r\n".join([f"GET {path} HTTP/1.1", "Host: 127.0.0.1", *headers, "", ""]).encode()
+
+
+async def ask(port: int, path: str) -> tuple[int, int, bytes]:
     """Status, bytes received, and the body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    lines = [f"GET {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", *headers]
-    writer.write("\r\n".join([*lines, "", ""]).encode())
+    writer.write(request(path, "Connection: close"))
     answer = await reader.read(-1)
     writer.close()
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -236,41 +240,44 @@ async def pages(port: int) -> None:
 
 
 class Tab:
-    """An overview that is looked at: its stream, and a refresh at most once a second."""
+    """An overview that is looked at: its stream, and a refresh after each news."""
 
     def __init__(self, port: int) -> None:
-        self.port, self.received, self.refreshed = port, 0, 0
+        self.port, self.received = port, 0
         self._news = asyncio.Event()
 
     async def look(self) -> None:
         await asyncio.gather(self._listen(), self._refresh())
 
     async def _listen(self) -> None:
-        last = ""
+        last = "0"
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         while True:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            lines = [
-                "GET /tasks/dashboard/stream HTTP/1.1",
-                "Host: 127.0.0.1",
-                *([f"Last-Event-ID: {last}"] if last else []),
-            ]
-            writer.write("\r\n".join([*lines, "Connection: close", "", ""]).encode())
-            async for line in reader:
-                self.received += len(line)
-                if line.startswith(b"id:"):
-                    last = line[3:].strip().decode()
-                    self._news.set()
-            writer.close()
+            writer.write(request("/tasks/dashboard/stream", f"Last-Event-ID: {last}"))
+            await self._head(reader)
+            while size := int(await reader.readline(), 16):
+                chunk = await reader.readexactly(size + 2)
+                self.received += len(chunk)
+                for line in chunk.splitlines():
+                    if line.startswith(b"id:"):
+                        last = line[3:].strip().decode()
+                        self._news.set()
+            await reader.readline()
             await asyncio.sleep(0.1)
 
     async def _refresh(self) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         while True:
             self._news.clear()
             await self._news.wait()
-            _, size, _ = await ask(self.port, "/tasks/dashboard", "HX-Request: true", "Accept-Encoding: gzip")
-            self.received += size
-            self.refreshed += 1
-            await asyncio.sleep(1.0)
+            writer.write(request("/tasks/dashboard", "HX-Request: true", "Accept-Encoding: gzip"))
+            head = await self._head(reader)
+            self.received += len(await reader.readexactly(content_length(head)))
+
+    async def _head(self, reader: asyncio.StreamReader) -> bytes:
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.received += len(head)
+        return head
 
 
 async def watch(port: int, tabs: int, seconds: float) -> float:
