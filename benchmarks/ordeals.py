@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Self
@@ -120,7 +120,9 @@ class Ordeal:
         self.folder = folder
         self.server = server
         """Of the tests, to be killed and started; None where tasks are in a file."""
-        self.url = server.url if server else f"sqlite:///{folder / 'tasks.db'}"
+        self.disk: Path = server.directory if server else folder / "disk"
+        """What tasks are kept on."""
+        self.url = server.url if server else f"sqlite:///{self.disk / 'tasks.db'}"
         (folder / "url").write_text(self.url)
         self.instances: list[subprocess.Popen[bytes]] = []
 
@@ -158,6 +160,17 @@ class Ordeal:
         lines = (self.folder / "starts").read_text().splitlines()
         return Counter((task_id, name) for task_id, name in map(str.split, lines))
 
+    def back_at_work(self) -> float:
+        """Seconds until tasks are accepted again."""
+        known, began = len(self.accepted()), time.monotonic()
+        while len(self.accepted()) == known:
+            assert time.monotonic() - began < 60, "nothing is accepted any more"
+            time.sleep(0.05)
+        seconds = time.monotonic() - began
+        time.sleep(5)
+        assert all(instance.poll() is None for instance in self.instances), "an instance has ended"
+        return seconds
+
     def stop_all(self) -> None:
         for instance in self.instances:
             if instance.poll() is None:
@@ -185,7 +198,7 @@ def outage(ordeal: Ordeal) -> None:
         time.sleep(OUTAGE)
         os.kill(ordeal.server.process.pid, signal.SIGCONT)
     else:
-        with closing(sqlite3.connect(ordeal.folder / "tasks.db", timeout=30, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(ordeal.disk / "tasks.db", timeout=30, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             time.sleep(OUTAGE)
             connection.execute("COMMIT")
@@ -204,13 +217,36 @@ def server_kills(ordeal: Ordeal) -> None:
         ordeal.server.kill()
         time.sleep(10)
         ordeal.server.start()
-        known, began = len(ordeal.accepted()), time.monotonic()
-        while len(ordeal.accepted()) == known:
-            time.sleep(0.05)
-        slowest = max(slowest, time.monotonic() - began)
+        slowest = max(slowest, ordeal.back_at_work())
     print(f"  back at work at most {slowest:.1f} s after the server")
-    time.sleep(5)
-    assert all(instance.poll() is None for instance in ordeal.instances), "an instance has ended"
+
+
+def full(ordeal: Ordeal) -> None:
+    """The disk is full three times for ten seconds; a server that ends of it is started again when there is room."""
+    for _ in range(2):
+        ordeal.start()
+    slowest, ended = 0.0, 0
+    for _ in range(3):
+        time.sleep(5)
+        fill(ordeal.disk / "filler")
+        time.sleep(10)
+        (ordeal.disk / "filler").unlink()
+        if ordeal.server and ordeal.server.process.poll() is not None:
+            ended += 1
+            ordeal.server.start()
+        slowest = max(slowest, ordeal.back_at_work())
+    print(f"  back at work at most {slowest:.1f} s after there was room; the server ended {ended} times")
+
+
+def fill(file: Path) -> None:
+    """Until not a block is free, and what was just freed is taken, too."""
+    with file.open("wb", buffering=0) as filler:
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            try:
+                filler.write(bytes(65_536))
+            except OSError:
+                time.sleep(0.01)
 
 
 def clocks(ordeal: Ordeal) -> None:
@@ -274,7 +310,7 @@ def kills(ordeal: Ordeal) -> None:
     time.sleep(8)
 
 
-ORDEALS = (outage, clocks, frozen, both_frozen, stops, kills, server_kills)
+ORDEALS = (outage, clocks, frozen, both_frozen, stops, kills, server_kills, full)
 
 
 # -- what came of it
@@ -296,8 +332,22 @@ def judge(ordeal: Ordeal, *, spared: bool) -> bool:
 
 
 @contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system of 256 MB in that folder; only root can make one."""
+    if os.geteuid() != 0:
+        sys.exit("full: run it as root, it mounts a small file system")
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m,mode=777", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextmanager
 def ordeal_in(folder: Path, server: Any) -> Iterator[Ordeal]:
     ordeal = Ordeal(folder, server)
+    ordeal.disk.mkdir(exist_ok=True)
     try:
         yield ordeal
     finally:
@@ -306,13 +356,16 @@ def ordeal_in(folder: Path, server: Any) -> Iterator[Ordeal]:
             instance.wait()
 
 
-def server_of(store: str) -> AbstractContextManager[Any]:
-    """A server of this ordeal's own, and None for a file."""
-    if store == "sqlite":
-        return nullcontext()
+@contextmanager
+def server_of(store: str, folder: Path, *, small: bool) -> Iterator[Any]:
+    """A server of this ordeal's own, and None for a file; with `small`, on a small disk."""
     servers = servers_of_the_tests()
-    server: AbstractContextManager[Any] = servers.PostgresServer() if store == "postgres" else servers.RedisServer()
-    return server
+    server = None if store == "sqlite" else servers.PostgresServer() if store == "postgres" else servers.RedisServer()
+    with (
+        small_disk(server.directory if server else folder / "disk") if small else nullcontext(),
+        server or nullcontext(),
+    ):
+        yield server
 
 
 def main() -> None:
@@ -333,7 +386,7 @@ def main() -> None:
         print(f"{each.__name__}: {each.__doc__}", flush=True)
         with (
             tempfile.TemporaryDirectory() as folder,
-            server_of(arguments.store) as server,
+            server_of(arguments.store, Path(folder), small=each is full) as server,
             ordeal_in(Path(folder), server) as ordeal,
         ):
             each(ordeal)
