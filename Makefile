@@ -5,7 +5,7 @@ PYTHON ?= python3
 PROJECT := {{cookiecutter.project_slug}}
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .venv/bin/uv)
 
-.PHONY: run test check bench pictures release
+.PHONY: run test test-delivered check bench pictures release
 
 # Bakes the default project and serves it. A second run keeps the project's database, lock file and environment.
 run: .venv/.ready
@@ -15,6 +15,15 @@ run: .venv/.ready
 test: .venv/.ready
 	cd '$(PROJECT)' && TASKFLOW_TESTS=all '$(CURDIR)/.venv/bin/python' -m pytest -n 2
 	.venv/bin/python -m pytest -n 2
+
+# What uses a running task manager, once more with a delivery: on PostgreSQL by RabbitMQ, on Redis by Redis.
+DELIVERED := api cancel context examples idempotency manager pages queues schedules_api testing_support timeout
+
+test-delivered: .venv/.ready
+	cd '$(PROJECT)' && for store in postgres redis; do \
+	    '$(CURDIR)/.venv/bin/python' -m pytest -p tests.taskflow.delivered --store $$store \
+	        $(DELIVERED:%=tests/taskflow/test_%.py) || exit 1; \
+	done
 
 check: .venv/.ready
 	.venv/bin/ruff check .

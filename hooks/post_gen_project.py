@@ -37,6 +37,7 @@ DELIVERY = (
     "app/worker.py",
     "docs/delivery.md",
     "tests/taskflow/brokers.py",
+    "tests/taskflow/delivered.py",
     "tests/taskflow/fleet_app.py",
     "tests/taskflow/test_delivery.py",
 )

@@ -43,6 +43,7 @@ OF_THE_DELIVERY = {
     "app/worker.py",
     "docs/delivery.md",
     "tests/taskflow/brokers.py",
+    "tests/taskflow/delivered.py",
     "tests/taskflow/fleet_app.py",
     "tests/taskflow/test_delivery.py",
 }

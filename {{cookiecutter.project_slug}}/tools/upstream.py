@@ -37,7 +37,7 @@ INSIDE = "{{cookiecutter.project_slug}}/"
 """Where they are in the template."""
 OF_A_STORE = re.compile(r"(?:app/taskflow/backends/|tests/taskflow/test_)(redis|postgres)[._].*")
 OF_THE_DELIVERY = re.compile(
-    r"app/taskflow/delivery(_worker)?\.py|tests/taskflow/(test_delivery|brokers|fleet_app)\.py"
+    r"app/taskflow/delivery(_worker)?\.py|tests/taskflow/(test_delivery|brokers|delivered|fleet_app)\.py"
 )
 SCHEMA = "app/taskflow/backends/tables.py"
 SCRATCH = ("__pycache__", ".pyc", "UPSTREAM.toml")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,7 @@ class Fleet:
         monkeypatch.setenv("FLEET_FILE", str(self.file))
         monkeypatch.delenv("FLEET_BROKER", raising=False)
         sys.modules.pop("tests.taskflow.fleet_app", None)
-        from . import fleet_app
-
+        fleet_app = import_module("tests.taskflow.fleet_app")  # anew: `from . import` would find the last test's
         self.manager: TaskManager = fleet_app.define(store)
         self.log = folder / "workers.log"
         self.workers: list[subprocess.Popen[bytes]] = []
@@ -191,3 +191,31 @@ async def test_without_the_setting_this_process_takes_over(fleet: Fleet) -> None
     fleet.manager.deliver_by(None)
     async with fleet.manager.lifespan():
         assert [await fleet.manager.result(task_id, 30) for task_id in ids] == [n + 1 for n in range(10)]
+
+
+async def test_turned_off_and_on_again_under_load_loses_and_doubles_nothing(fleet: Fleet) -> None:
+    """As the documents say it: the workers first, then the service; back the other way round."""
+    loop, ids = asyncio.get_running_loop(), list[str]()
+
+    async def load(seconds: float) -> None:
+        ends = loop.time() + seconds
+        while loop.time() < ends:
+            ids.extend(await asyncio.gather(*(fleet.add("add_up", n, 1) for n in range(5))))
+            await asyncio.sleep(0.05)
+
+    for broker in (fleet.broker, None, fleet.broker):
+        if broker is not None:
+            fleet.worker()
+        fleet.manager.deliver_by(broker)
+        async with fleet.manager.lifespan():
+            await load(1.5)
+            if broker is None:
+                fleet.workers[-1].terminate()
+            await load(1.5)
+    async with fleet.manager.lifespan():
+        for task_id in ids:
+            await fleet.manager.result(task_id, 30)
+    assert fleet.starts() == dict.fromkeys((("add_up", task_id) for task_id in ids), 1)
+    places = {int(line.split()[3]) for line in fleet.file.read_text().splitlines()}
+    assert os.getpid() in places
+    assert places & {worker.pid for worker in fleet.workers}
