@@ -16,7 +16,8 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Protocol
+from datetime import datetime
+from typing import Any, Protocol, cast
 
 from celery import Celery  # type: ignore[import-untyped]
 from kombu import Exchange, Queue  # type: ignore[attr-defined]
@@ -34,14 +35,13 @@ from .store import TaskStore
 logger = logging.getLogger("taskflow")
 
 TASK = "taskflow.run"
-REPAIR_INTERVAL = 1.0
-"""Seconds between looks at what is ready and has no message."""
+LOOK_INTERVAL, LOOK_SPREAD = 1.0, 0.1
+"""Seconds between looks at what has no message, and at most before one that all instances have reason for at once."""
 MOST_SENT = 500
 """Messages that one look sends for a queue."""
 
-
 Token = asyncio.Future[asyncio.Future[None] | None]
-"""Becomes the end of the task that it was spent on."""
+"""Becomes the end of the task that it was spent on; None where there was none."""
 
 
 class Service(Protocol):
@@ -60,8 +60,7 @@ class Service(Protocol):
 
 def celery_app(url: str, queues: Sequence[str]) -> Celery:
     """A client of that broker. On RabbitMQ its queues are quorum queues, which outlive a broker that is killed."""
-    kind: Any = Queue
-    exchange: Any = Exchange
+    kind, exchange = cast("Any", Queue), cast("Any", Exchange)
     durable = {"x-queue-type": "quorum"} if url.startswith(("amqp", "pyamqp")) else {}
     app = Celery("taskflow", broker=url)
     app.conf.update(
@@ -89,16 +88,23 @@ class CeleryDelivery:
         self._store, self._journal = service.store, service.journal
         self.app = celery_app(url, list(service.queues))
         self._asking: defaultdict[str, deque[Token]] = defaultdict(deque)
-        """Queue -> the tokens that wait for a turn."""
+        """Queue -> the tokens that wait for a turn, and how many of them the one under way asks for."""
         self._offered: Mapping[str, int] = {}
-        """How many of them the turn under way asks for."""
+        self._full = False
+        self._scarce: set[str] = set()
+        """Queues in which a token found nothing while an executor was full: something may wait for a slot."""
+        self._stopping = False
         self._running: dict[AttemptId, asyncio.Future[None]] = {}
         """The ends that tokens wait for."""
         self._outbox: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._short: Mapping[str, int] = {}
         """Queue -> ready tasks without a message, at the last look."""
-        self._loop = Loop("delivery", self._repair)
+        self._loop = Loop("delivery", self._look)
+        self._reason = asyncio.Event()
+        """Set when tasks may have become ready that no turn counts: delayed ones, those of a queue that goes on."""
+        self._due: datetime | None = None
+        self._limits: Mapping[str, tuple[bool, int | None]] = {}
         self._sender: ThreadPoolExecutor | None = None
         self._away = False
         broker = self.app.connection_for_write()
@@ -106,6 +112,7 @@ class CeleryDelivery:
 
     def start(self) -> None:
         self._sender = ThreadPoolExecutor(1, "taskflow-delivery")
+        self._reason, self._stopping = asyncio.Event(), False
         self._loop.start()
 
     async def stop(self) -> None:
@@ -116,7 +123,8 @@ class CeleryDelivery:
 
     # -- what the dispatcher asks and tells
 
-    def allows(self) -> Mapping[str, int]:
+    def allows(self, *, full: bool) -> Mapping[str, int]:
+        self._full = full
         self._offered = {queue: len(tokens) for queue, tokens in self._asking.items() if tokens}
         return self._offered
 
@@ -131,31 +139,40 @@ class CeleryDelivery:
                 settle(tokens.popleft(), end)
                 offered[task.queue] -= 1
         for queue, left in offered.items():
+            if left > 0:
+                (self._scarce.add if self._full else self._scarce.discard)(queue)
             for _ in range(min(left, len(self._asking[queue]))):
                 settle(self._asking[queue].popleft(), None)
-        if result.arrived:
-            self._announce(result.arrived)
+        self._announce(result.arrived)
+        due, self._due = self._due, result.next_due
+        known, self._limits = self._limits, {name: (it.paused, it.concurrency) for name, it in result.queues.items()}
+        if self._limits != known or (due is not None and (self._due is None or self._due > due)):
+            self._reason.set()
+
+    def let_go(self) -> None:
+        """This process is about to stop: what runs ends, and no token goes on."""
+        self._stopping = True
 
     # -- a token is spent
 
     async def spend(self, queue: str) -> int:
-        """Runs the next task of a queue, if one is ready, and says how many it ran. In a queue with a limit it goes on
-        while there are any: tokens that found the limit reached are gone."""
+        """Runs the next task of a queue, if one is ready, and says how many it ran. Where tasks wait for a slot, or for
+        the queue's limit, it goes on while there are any: the tokens that found none free are gone."""
         ran = 0
-        while (end := await self._claim(queue)) is not None:
+        while ran == 0 or self._goes_on(queue):
+            token: Token = asyncio.get_running_loop().create_future()
+            self._asking[queue].append(token)
+            self._journal.wake()
+            if (end := await token) is None:
+                break
             await end
             ran += 1
-            state = self._journal.queues.get(queue)
-            if state is None or state.concurrency is None:
-                break
         return ran
 
-    async def _claim(self, queue: str) -> asyncio.Future[None] | None:
-        """The end of the task that started; None where none did."""
-        token: Token = asyncio.get_running_loop().create_future()
-        self._asking[queue].append(token)
-        self._journal.wake()
-        return await token
+    def _goes_on(self, queue: str) -> bool:
+        limits = self._journal.queues.get(queue)
+        limited = queue in self._scarce or (limits is not None and limits.concurrency is not None)
+        return limited and not self._stopping
 
     # -- messages are sent
 
@@ -163,7 +180,7 @@ class CeleryDelivery:
         with self._lock:
             idle = not self._outbox
             self._outbox.update(ready)
-        if idle and self._sender is not None:
+        if ready and idle and self._sender is not None:
             self._sender.submit(self._send)
 
     def _send(self) -> None:
@@ -179,24 +196,33 @@ class CeleryDelivery:
         except self._is_away as error:
             self._report(error)
 
-    async def _repair(self) -> None:
-        await asyncio.sleep(REPAIR_INTERVAL * random.uniform(0.75, 1.25))
-        if self._sender is None:
-            return
+    async def _look(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_INTERVAL * random.uniform(0.75, 1.25)):
+                await self._reason.wait()
+                await asyncio.sleep(LOOK_SPREAD * random.random())
+        has_reason = self._reason.is_set()
+        self._reason.clear()
         with suppress(BackendUnavailable):
             ready = await self._ready()
             loop = asyncio.get_running_loop()
             missing = await loop.run_in_executor(self._sender, self._missing, ready) if ready else {}
-            short, self._short = self._short, missing  # what is missing once may be on its way
-            if twice := {queue: min(n, short[queue], MOST_SENT) for queue, n in missing.items() if queue in short}:
-                self._announce(twice)
+            short, self._short = self._short, missing
+            if not has_reason:  # what is missing once may be on its way
+                missing = {queue: min(n, short[queue]) for queue, n in missing.items() if queue in short}
+            self._announce({queue: min(n, MOST_SENT) for queue, n in missing.items()})
 
     async def _ready(self) -> dict[str, int]:
-        """Queue -> how many of its tasks could start now, by what is known here."""
-        ready: Counter[str] = Counter()
+        """Queue -> how many of its tasks could start now, by what is known here; of one executor's no more than there
+        are slots: messages for the others would only go round."""
+        slots, waiting, ready = Counter[str](), Counter[tuple[str, str]](), Counter[str]()
+        for instance in await self._store.instances():
+            slots.update({kind: n for kind, (_, n) in instance.vitals.busy.items()} if instance.vitals else {})
         for count in await self._store.counts():
-            if count.status is TaskStatus.PENDING and self._store.knows(count.name):
-                ready[count.queue] += count.n - count.delayed
+            if count.status is TaskStatus.PENDING and (kind := self._store.executor_of(count.name)):
+                waiting[count.queue, kind] += count.n - count.delayed
+        for (queue, kind), n in waiting.items():
+            ready[queue] += min(n, slots[kind])
         for state in await self._store.queues():
             if state.paused:
                 del ready[state.name]

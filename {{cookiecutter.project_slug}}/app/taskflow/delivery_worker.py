@@ -35,11 +35,20 @@ class Host:
         """In this process, which may have been forked from another: by its first message at the latest."""
         with self._lock:
             if self._event_loop is None or self._process != os.getpid():
-                self._process, self._event_loop = os.getpid(), asyncio.new_event_loop()
-                threading.Thread(target=self._event_loop.run_forever, name="taskflow-host", daemon=True).start()
-                starting = asyncio.run_coroutine_threadsafe(self._service.startup(), self._event_loop)
-                starting.result(START_TIMEOUT)
+                loop = asyncio.new_event_loop()
+                threading.Thread(target=loop.run_forever, name="taskflow-host", daemon=True).start()
+                try:
+                    asyncio.run_coroutine_threadsafe(self._service.startup(), loop).result(START_TIMEOUT)
+                except BaseException:
+                    loop.call_soon_threadsafe(loop.stop)
+                    raise
+                self._process, self._event_loop = os.getpid(), loop
             return self._event_loop
+
+    def let_go(self) -> None:
+        """The worker is asked to stop: it ends what runs and takes up nothing more."""
+        if self._event_loop is not None:
+            self._event_loop.call_soon_threadsafe(self._delivery.let_go)
 
     def stop(self) -> None:
         with self._lock:
@@ -59,6 +68,7 @@ def worker_app(service: Service, url: str) -> Celery:
     def run(queue: str) -> int:
         return host.spend(queue)
 
+    signals.worker_shutting_down.connect(lambda **_: host.let_go(), weak=False)
     for signal in (signals.worker_process_shutdown, signals.worker_shutdown):
         signal.connect(lambda **_: host.stop(), weak=False)
     return delivery.app

@@ -65,8 +65,9 @@ class Delivery(Protocol):
 
     async def stop(self) -> None: ...
 
-    def allows(self) -> Mapping[str, int]:
-        """How many tasks of which queues this instance may claim in the turn that is about to begin."""
+    def allows(self, *, full: bool) -> Mapping[str, int]:
+        """How many tasks of which queues this instance may claim in the turn that is about to begin. `full`: an
+        executor has no slot free."""
 
     def turned(self, finishes: Sequence[Finish], result: TurnResult) -> None:
         """One turn is committed."""
@@ -105,7 +106,8 @@ class Dispatcher:
         slots = {kind: executor.slots - self._used[kind] + freed[kind] for kind, executor in self._executors.items()}
         if not any(free > 0 for free in slots.values()):
             return None
-        return Demand(self._registry.executors, slots, self.delivery.allows() if self.delivery else None)
+        full = not all(free > 0 for free in slots.values())
+        return Demand(self._registry.executors, slots, self.delivery.allows(full=full) if self.delivery else None)
 
     def held(self) -> frozenset[AttemptId]:
         return frozenset(self._running)

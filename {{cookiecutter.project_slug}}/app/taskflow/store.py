@@ -486,6 +486,10 @@ class TaskStore:
         """Whether this process has the function of that name."""
         return name in self._registry
 
+    def executor_of(self, name: str) -> str | None:
+        """Where this process runs the function of that name; None where it does not have it."""
+        return self._registry.executors.get(name)
+
     async def result(self, task_id: str, timeout: float | None = None) -> Any:
         """What the task returned, once it has. Raises TaskFailed, TimeoutError, TaskNotFound."""
         async with asyncio.timeout(timeout):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 
 from app.taskflow import QueueConfig, TaskManager, get_task_context
@@ -20,10 +21,16 @@ def note(name: str) -> None:
         lines.write(f"{name} {context.task_id} {context.attempt} {os.getpid()}\n")
 
 
+def compute(seconds: float) -> None:
+    note("compute")
+    time.sleep(seconds)
+
+
 def define(store: str) -> TaskManager:
     queues = {"mail": QueueConfig(), "narrow": QueueConfig(concurrency=2)}
-    manager = TaskManager(snapshot_db=store, queues=queues, shutdown_timeout=5.0)
+    manager = TaskManager(snapshot_db=store, queues=queues, max_process_workers=2, shutdown_timeout=5.0)
     manager.lease_seconds = 5.0
+    manager.task(executor="process")(compute)
 
     @manager.task
     async def add_up(a: int, b: int) -> int:

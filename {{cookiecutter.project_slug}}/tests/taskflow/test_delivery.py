@@ -9,8 +9,10 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -156,6 +158,48 @@ async def test_a_limited_queue_stays_within_its_limit_and_gets_on(fleet: Fleet) 
         assert 1 <= most <= 2
 
 
+async def test_what_becomes_ready_later_starts_at_once(fleet: Fleet) -> None:
+    fleet.manager.deliver_by(fleet.broker)
+    async with fleet.manager.lifespan():
+        fleet.worker()
+        await fleet.manager.result(await fleet.add("add_up", 1, 1), 60)
+        later = await fleet.add("add_up", 2, 1, delay_seconds=1.0)
+        await fleet.manager.result(later, 30)
+        task = await fleet.manager.store.get(later)
+        assert task.start_time is not None
+        assert task.start_time - task.run_at < timedelta(seconds=0.6), "as soon as it is due"
+        await fleet.manager.store.pause_queue("default", "ada", "a look at it")
+        held = await fleet.add("add_up", 3, 1)
+        await asyncio.sleep(1.5)
+        assert (await fleet.manager.store.get(held)).status is TaskStatus.PENDING
+        resumed = fleet.manager.clock()
+        await fleet.manager.store.resume_queue("default", "ada")
+        await fleet.manager.result(held, 30)
+        task = await fleet.manager.store.get(held)
+        assert task.start_time is not None
+        assert task.start_time - resumed < timedelta(seconds=0.6)
+
+
+async def test_what_waits_for_a_process_keeps_no_messages_moving(fleet: Fleet) -> None:
+    fleet.manager.deliver_by(fleet.broker)
+    async with fleet.manager.lifespan():
+        fleet.worker("--loglevel", "INFO")
+        began = monotonic()
+        ids = [await fleet.add("compute", 0.2) for _ in range(60)]
+        others = [await fleet.add("add_up", n, 1) for n in range(5)]
+        for task_id in others:
+            await fleet.manager.result(task_id, 60)
+        assert (await fleet.manager.store.get(ids[-1])).status is TaskStatus.PENDING, "nobody waits behind processes"
+        for task_id in ids:
+            await fleet.manager.result(task_id, 60)
+        seconds = monotonic() - began
+        tasks = [await fleet.manager.store.get(task_id) for task_id in ids]
+        ends = sorted(task.end_time for task in tasks if task.end_time is not None)
+        assert ends[-1] - ends[0] < timedelta(seconds=10), "6 s with two at a time: no slot waits for a message"
+    messages = fleet.log.read_text().count("Task taskflow.run") // 2  # received, and succeeded
+    assert messages < 65 + 20 * seconds, "one for each task, and in each second a few for free slots"
+
+
 async def test_a_worker_that_is_killed_loses_nothing(fleet: Fleet) -> None:
     fleet.manager.deliver_by(fleet.broker)
     async with fleet.manager.lifespan():
@@ -180,6 +224,19 @@ async def test_a_worker_that_is_stopped_ends_what_it_runs(fleet: Fleet) -> None:
         await fleet.manager.result(task_id, 30)
         await eventually(lambda: worker.poll() is not None, 30)
         assert (await fleet.manager.store.get(task_id)).status is TaskStatus.SUCCESS
+
+
+async def test_a_worker_that_is_stopped_takes_up_nothing_more(fleet: Fleet) -> None:
+    fleet.manager.deliver_by(fleet.broker)
+    async with fleet.manager.lifespan():
+        worker = fleet.worker()
+        ids = [await fleet.add("in_turn", 0.5) for _ in range(100)]
+        await fleet.manager.result(ids[0], 60)
+        worker.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(worker.wait, 20)  # 25 s of tasks wait in a queue with a limit
+        left = [(await fleet.manager.store.get(task_id)).status for task_id in ids]
+        assert left.count(TaskStatus.PENDING) > 50
+        assert set(left) == {TaskStatus.PENDING, TaskStatus.SUCCESS}
 
 
 async def test_without_the_setting_this_process_takes_over(fleet: Fleet) -> None:
