@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from types import NoneType, SimpleNamespace
 from typing import Any
 
@@ -57,18 +58,27 @@ NEVER_NULL = {c.name for table in tables.Row.metadata.tables.values() for c in t
 }
 
 
-def unreadable(names: Iterable[str], cells: Iterable[Any]) -> list[str]:
-    """Of these columns, those whose cell is not what it should be."""
-    return [name for name, cell in zip(names, cells, strict=True) if not is_sound(name, cell)]
+def unreadable(names: Sequence[str], cells: Iterable[Any]) -> list[str]:
+    """Of these columns, those whose cell is not what it should be. It is asked for every row that is read."""
+    broken = []
+    for (name, kinds, is_moment), cell in zip(rules(tuple(names)), cells, strict=True):
+        kind = type(cell)
+        if kind is str:
+            if not (str in kinds and (cell.isascii() or not HALF_A_PAIR.search(cell))):
+                broken.append(name)
+        elif kind not in kinds or (is_moment and kind is int and not 0 <= cell <= LAST_MICROS):
+            broken.append(name)
+    return broken
 
 
 def is_sound(name: str, cell: object) -> bool:
-    kind = type(cell)
-    if kind not in KINDS[name]:
-        return False
-    if isinstance(cell, str):
-        return cell.isascii() or not HALF_A_PAIR.search(cell)
-    return name not in MOMENTS or not isinstance(cell, int) or 0 <= cell <= LAST_MICROS
+    return not unreadable((name,), (cell,))
+
+
+@cache
+def rules(names: tuple[str, ...]) -> Sequence[tuple[str, set[type], bool]]:
+    """Of each column its name, the types that its cells may have, and whether they are times."""
+    return [(name, KINDS[name], name in MOMENTS) for name in names]
 
 
 def mended(row: StoredRow[Any] | SimpleNamespace) -> tuple[Any, Sequence[str]]:

@@ -109,6 +109,8 @@ def page_statement(where: TaskFilter, before: Cursor | None, limit: int) -> sa.S
     statuses = stored_statuses(where) if where.error_key is None else []
     branches = [walk.where(task.c.status == stored) for stored in statuses] or [walk]
     scanned = scanned_conditions(where)
+    if len(branches) == 1 and not scanned:
+        return newest_first(branches[0], task.c, limit)
     window = SEARCH_WINDOW if scanned else limit
     parts = [newest_first(branch, task.c, window) for branch in branches]
     merged = sa.union_all(*(sa.select(part.subquery()) for part in parts)).subquery()
