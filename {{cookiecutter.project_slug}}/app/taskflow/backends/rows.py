@@ -59,6 +59,7 @@ def log_of(stored: Row[Any] | SimpleNamespace) -> LogEntry:
 def record_of(stored: Row[Any] | SimpleNamespace) -> TaskRecord:
     """A record from a whole row, or from a list's row without the heavy columns. One that is broken says so."""
     row, broken = mended(stored)
+    named = row.__dict__ if isinstance(row, SimpleNamespace) else row._fields  # asking a row for more would be slow
     if row.status != DELAYED and row.status not in STATUSES:
         broken = [*broken, f"status {row.status!r:.40}"]
     error = row.error
@@ -81,8 +82,8 @@ def record_of(stored: Row[Any] | SimpleNamespace) -> TaskRecord:
         excused=row.excused,
         max_attempts=row.max_attempts,
         error=error,
-        stacktrace=getattr(row, "stacktrace", None),
-        arguments=getattr(row, "arguments", None),
+        stacktrace=row.stacktrace if "stacktrace" in named else None,
+        arguments=row.arguments if "arguments" in named else None,
         result=row.result,
         progress=loads_object(row.progress) if row.progress else None,
         instance=row.instance,

@@ -32,7 +32,7 @@ POLL_INTERVAL = 1.0
 GATHERING = 0.1
 """Seconds for which news is gathered before the log is looked at, so that a burst is one look and one message."""
 MOST_IDS = 100
-PAUSE, PAUSE_EACH = 1.0, 0.04
+PAUSE, PAUSE_EACH = 1.0, 0.05
 """Seconds for which nothing is told after news, and for each task that these named: a page that hears of much asks for
 itself less often, so that a busy system costs it no more than a calm one."""
 WINDOW = 500
