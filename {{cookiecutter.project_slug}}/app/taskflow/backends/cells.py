@@ -81,15 +81,15 @@ def rules(names: tuple[str, ...]) -> Sequence[tuple[str, set[type], bool]]:
     return [(name, KINDS[name], name in MOMENTS) for name in names]
 
 
-def mended(row: StoredRow[Any] | SimpleNamespace) -> tuple[Any, Sequence[str]]:
-    """A row that can be shown, and the columns where something stands for what was found."""
-    if isinstance(row, SimpleNamespace):  # of a store whose cells have types
-        return row, ()
-    broken = unreadable(row._fields, row)
-    if not broken:
-        return row, ()
-    cells: dict[str, Any] = dict(row._mapping)
-    return SimpleNamespace(**cells | {name: stand_in(name, cells[name]) for name in broken}), broken
+def mended(rows: Iterable[StoredRow[Any]], names: Sequence[str]) -> list[Any]:
+    """Rows of these columns as they can be shown. One in which something stands for what was found says of which cells,
+    in `broken`."""
+    return [mended_row(row, names, broken) if (broken := unreadable(names, row)) else row for row in rows]
+
+
+def mended_row(row: StoredRow[Any], names: Sequence[str], broken: Sequence[str]) -> SimpleNamespace:
+    cells = dict(zip(names, row, strict=True))
+    return SimpleNamespace(**cells | {name: stand_in(name, cells[name]) for name in broken}, broken=broken)
 
 
 def stand_in(name: str, cell: object) -> str | int | None:

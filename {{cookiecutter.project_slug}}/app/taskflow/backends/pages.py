@@ -6,7 +6,7 @@ Owns how a filter becomes walks down indexes. The invariant: a page costs what i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -17,8 +17,8 @@ from .search import SEARCH_WINDOW, walked_by
 from .stored import stored_names
 from .tables import WAITING, event, failure, gauge, instance, rank, schedule, task
 
-HEAVY_COLUMNS = ("arguments", "stacktrace")
-"""Columns that a list of tasks leaves out."""
+HEAVY: Mapping[str, sa.ColumnElement[Any]] = {"arguments": sa.literal(""), "stacktrace": sa.null()}
+"""Columns that a list of tasks leaves out, and what stands for them."""
 
 
 def has_status(status: str) -> sa.ColumnElement[bool]:
@@ -103,8 +103,8 @@ def audit_statement(before: int | None, limit: int, where: AuditFilter) -> sa.Se
 def page_statement(where: TaskFilter, before: Cursor | None, limit: int) -> sa.Select[Any]:
     """Newest first, below `before`. Each status is its own walk down its own index, merged at the end, so that the
     cost is that of the rows shown; what has no index is looked for among the newest SEARCH_WINDOW."""
-    heavy = HEAVY_COLUMNS if where.arguments is None else ("stacktrace",)
-    columns = [column for column in task.c if column.name not in heavy]
+    heavy = HEAVY if where.arguments is None else {"stacktrace": HEAVY["stacktrace"]}
+    columns = [heavy[column.name].label(column.name) if column.name in heavy else column for column in task.c]
     walk = sa.select(*columns).where(*indexed_conditions(where, before))
     statuses = stored_statuses(where) if where.error_key is None else []
     branches = [walk.where(task.c.status == stored) for stored in statuses] or [walk]

@@ -25,12 +25,10 @@ from ..models import (
     from_micros,
 )
 from .base import Instance, Pulse
-from .cells import mended
 from .stored import STATUSES, broken_words, loads_object, moment, shown_status, vitals_of
 
 
-def event_of(stored: Row[Any] | SimpleNamespace) -> TaskEvent:
-    row, _ = mended(stored)
+def event_of(row: Row[Any] | SimpleNamespace) -> TaskEvent:
     return TaskEvent(
         seq=row.seq,
         task_id=row.task_id,
@@ -43,8 +41,7 @@ def event_of(stored: Row[Any] | SimpleNamespace) -> TaskEvent:
     )
 
 
-def log_of(stored: Row[Any] | SimpleNamespace) -> LogEntry:
-    row, _ = mended(stored)
+def log_of(row: Row[Any] | SimpleNamespace) -> LogEntry:
     return LogEntry(
         seq=row.seq,
         task_id=row.task_id,
@@ -56,10 +53,9 @@ def log_of(stored: Row[Any] | SimpleNamespace) -> LogEntry:
     )
 
 
-def record_of(stored: Row[Any] | SimpleNamespace) -> TaskRecord:
-    """A record from a whole row, or from a list's row without the heavy columns. One that is broken says so."""
-    row, broken = mended(stored)
-    named = row.__dict__ if isinstance(row, SimpleNamespace) else row._fields  # asking a row for more would be slow
+def record_of(row: Row[Any] | SimpleNamespace) -> TaskRecord:
+    """From a whole row, or from a list's row without the heavy columns. One that is broken says so."""
+    broken = getattr(row, "broken", ()) if isinstance(row, SimpleNamespace) else ()
     if row.status != DELAYED and row.status not in STATUSES:
         broken = [*broken, f"status {row.status!r:.40}"]
     error = row.error
@@ -82,8 +78,8 @@ def record_of(stored: Row[Any] | SimpleNamespace) -> TaskRecord:
         excused=row.excused,
         max_attempts=row.max_attempts,
         error=error,
-        stacktrace=row.stacktrace if "stacktrace" in named else None,
-        arguments=row.arguments if "arguments" in named else None,
+        stacktrace=row.stacktrace,
+        arguments=row.arguments or None,
         result=row.result,
         progress=loads_object(row.progress) if row.progress else None,
         instance=row.instance,
@@ -97,9 +93,8 @@ def record_of(stored: Row[Any] | SimpleNamespace) -> TaskRecord:
     )
 
 
-def schedule_of(stored: Row[Any] | SimpleNamespace) -> ScheduleState:
+def schedule_of(row: Row[Any] | SimpleNamespace) -> ScheduleState:
     """From a schedule's row with `last_status`, the stored status of its last task."""
-    row, _ = mended(stored)
     last = row.last_status
     return ScheduleState(
         name=row.name,
@@ -118,8 +113,7 @@ def schedule_of(stored: Row[Any] | SimpleNamespace) -> ScheduleState:
     )
 
 
-def one_off_of(stored: Row[Any] | SimpleNamespace) -> ScheduledOnce:
-    row, _ = mended(stored)
+def one_off_of(row: Row[Any] | SimpleNamespace) -> ScheduledOnce:
     return ScheduledOnce(
         run_key=row.run_key,
         task_id=row.task_id,
@@ -132,8 +126,7 @@ def one_off_of(stored: Row[Any] | SimpleNamespace) -> ScheduledOnce:
     )
 
 
-def group_of(stored: Row[Any] | SimpleNamespace) -> ErrorGroup:
-    row, _ = mended(stored)
+def group_of(row: Row[Any] | SimpleNamespace) -> ErrorGroup:
     return ErrorGroup(
         key=row.error_key,
         func_name=row.name,
@@ -171,8 +164,7 @@ def pulse_of(row: Any) -> Pulse:
     )
 
 
-def instance_of(stored: Row[Any] | SimpleNamespace) -> InstanceRecord:
-    row, _ = mended(stored)
+def instance_of(row: Row[Any] | SimpleNamespace) -> InstanceRecord:
     return InstanceRecord(
         instance_id=row.instance_id,
         host=row.host,

@@ -244,13 +244,13 @@ class SqlBackend:
 
     async def get(self, task_id: str) -> TaskRecord | None:
         statement = sa.select(task).where(task.c.task_id == task_id)
-        row = await self._read(lambda connection: connection.execute(statement).first())
-        return None if row is None else record_of(row)
+        rows = await self._read(lambda connection: sound(connection.execute(statement)))
+        return record_of(rows[0]) if rows else None
 
     async def page(self, where: TaskFilter, before: Cursor | None, limit: int) -> TaskPage:
         statement = page_statement(where, before, limit + 1)
         read = self._search if is_search(where) else self._read
-        rows = await read(lambda connection: connection.execute(statement).all())
+        rows = await read(lambda connection: sound(connection.execute(statement)))
         return page_of(rows, limit)
 
     async def events(self, task_id: str) -> Sequence[TaskEvent]:
@@ -261,13 +261,13 @@ class SqlBackend:
 
     async def _events(self, condition: sa.ColumnElement[bool], limit: int) -> Sequence[TaskEvent]:
         statement = sa.select(event).where(condition).order_by(event.c.seq).limit(limit)
-        rows = await self._read(lambda connection: connection.execute(statement).all())
+        rows = await self._read(lambda connection: sound(connection.execute(statement)))
         return [event_of(row) for row in rows]
 
     async def audit(self, before: int | None, limit: int, where: AuditFilter = EVERY_ACT) -> Sequence[TaskEvent]:
         statement = pages.audit_statement(before, limit, where)
         read = self._search if where.asks else self._read
-        rows = await read(lambda connection: connection.execute(statement).all())
+        rows = await read(lambda connection: sound(connection.execute(statement)))
         return [event_of(row) for row in rows]
 
     async def is_revoked(self, session_id: str) -> bool:
@@ -280,22 +280,22 @@ class SqlBackend:
 
     async def logs(self, task_id: str, after: int, limit: int) -> Sequence[LogEntry]:
         statement = sa.select(log).where(log.c.task_id == task_id, log.c.seq > after).order_by(log.c.seq).limit(limit)
-        rows = await self._read(lambda connection: connection.execute(statement).all())
+        rows = await self._read(lambda connection: sound(connection.execute(statement)))
         return [log_of(row) for row in rows]
 
     async def counts(self) -> Sequence[Count]:
         statement = self.count_rows()
-        rows = await self._read(lambda connection: connection.execute(statement).all())
-        return merged_counts([(row.queue, row.name, row.status, row.n, row.micros) for row, _ in map(mended, rows)])
+        rows = await self._read(lambda connection: sound(connection.execute(statement)))
+        return merged_counts([(row.queue, row.name, row.status, row.n, row.micros) for row in rows])
 
     async def queues(self) -> Sequence[QueueState]:
         declared = sa.select(tables.queue)
-        rows = await self._read(lambda connection: connection.execute(declared).all())
-        return queue_states((row for row, _ in map(mended, rows)), await self.counts())
+        rows = await self._read(lambda connection: sound(connection.execute(declared)))
+        return queue_states(rows, await self.counts())
 
     async def schedules(self) -> Sequence[ScheduleState]:
         statement = pages.SCHEDULES
-        rows = await self._read(lambda connection: connection.execute(statement).all())
+        rows = await self._read(lambda connection: sound(connection.execute(statement)))
         return [schedule_of(row) for row in rows]
 
     async def scheduled(
@@ -307,12 +307,12 @@ class SqlBackend:
         if after is not None:
             place = sa.tuple_(sa.literal(to_micros(after[0])), sa.literal(after[1]))
             statement = statement.where(sa.tuple_(task.c.run_at, task.c.task_id) > place)
-        rows = await self._read(lambda connection: connection.execute(statement).all())
+        rows = await self._read(lambda connection: sound(connection.execute(statement)))
         return [one_off_of(row) for row in rows]
 
     async def groups(self, *, dismissed: bool, before: tuple[datetime, str] | None, limit: int) -> Sequence[ErrorGroup]:
         statement = pages.groups_statement(dismissed, before, limit)
-        rows = await self._read(lambda connection: connection.execute(statement).all())
+        rows = await self._read(lambda connection: sound(connection.execute(statement)))
         return [group_of(row) for row in rows]
 
     async def gauges(self, size: int, kind: str, since: datetime, series: str | None = None) -> Sequence[GaugeRow]:
@@ -347,7 +347,7 @@ class SqlBackend:
         """Those that hold a lease, or whose lease lapsed; not those that signed off."""
         there = sa.select(tables.instance).where(tables.instance.c.lease_until > 0)
         statement = there.order_by(tables.instance.c.started_at.desc())
-        rows = await self._read(lambda connection: connection.execute(statement).all())
+        rows = await self._read(lambda connection: sound(connection.execute(statement)))
         return [instance_of(row) for row in rows]
 
     async def cancels(self, instance_id: str) -> Sequence[AttemptId]:
@@ -405,9 +405,14 @@ class SqlBackend:
         return await asyncio.get_running_loop().run_in_executor(pool, call)
 
 
+def sound(result: sa.CursorResult[Any]) -> list[Any]:
+    """All rows, as they should be: `mended`."""
+    return mended(result, tuple(result.keys()))
+
+
 def pulse_cells(row: Row[Any]) -> Any:
     """An owner of tasks without a row of its own has empty cells."""
-    return row if row.instance_id is None else mended(row)[0]
+    return row if row.instance_id is None else mended([row], row._fields)[0]
 
 
 class translated:  # noqa: N801 - a context manager, named as it reads
