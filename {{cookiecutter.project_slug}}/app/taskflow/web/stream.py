@@ -11,6 +11,7 @@ the server from ever stopping, and a session that ended would go on listening.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Annotated
 
 import anyio
 from fastapi import APIRouter, Header, Query
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.responses import Response, StreamingResponse
 
 from ..backends.base import Finish, TurnResult
 from ..errors import BackendUnavailable
@@ -35,6 +36,8 @@ MOST_IDS = 100
 PAUSE, PAUSE_EACH = 1.0, 0.05
 """Seconds for which nothing is told after news, and for each task that these named: a page that hears of much asks for
 itself less often, so that a busy system costs it no more than a calm one."""
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Nothing between the service and the browser may keep a message."""
 WINDOW = 500
 """Newest events the feed remembers, for pages that come back."""
 
@@ -134,15 +137,22 @@ class Feed:
 def stream_router(feed: Feed) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/dashboard/stream", response_class=EventSourceResponse, include_in_schema=False)
+    @router.get("/dashboard/stream", include_in_schema=False)
     async def stream(
         last_event_id: Annotated[str | None, Header()] = None,
         after: Annotated[str | None, Query()] = None,
-    ) -> AsyncIterator[ServerSentEvent]:
-        async for news in feed.follow(sequence_number(last_event_id, after), monotonic() + LIFE):
-            yield ServerSentEvent(event="tasks", id=str(news.seq), data={"ids": list(news.ids), "more": news.more})
+    ) -> Response:
+        news = feed.follow(sequence_number(last_event_id, after), monotonic() + LIFE)
+        return StreamingResponse(messages(news), media_type="text/event-stream", headers=HEADERS)
 
     return router
+
+
+async def messages(news: AsyncIterator[News]) -> AsyncIterator[str]:
+    """As the browser's `EventSource` reads them: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+    async for each in news:
+        data = json.dumps({"ids": list(each.ids), "more": each.more})
+        yield f"event: tasks\nid: {each.seq}\ndata: {data}\n\n"
 
 
 def sequence_number(*texts: str | None) -> int:
