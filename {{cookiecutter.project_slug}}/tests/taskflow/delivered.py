@@ -28,7 +28,6 @@ from .servers import RedisServer, Server, fresh_postgres, fresh_redis, postgres_
 
 SQLITE = "it looks into an SQLite file, locks or moves it"
 WAITS = "a task that was added waits for its message: it counts as waiting, and a stop may come first"
-LATE = "what becomes due, or free by a resume, is announced by the next looks, 2.5 seconds later at most"
 LEFT_OUT = {
     "test_api.py::test_a_backend_that_is_away_is_503*": SQLITE,
     "test_api.py::test_a_service_that_was_not_started*": SQLITE,
@@ -37,7 +36,6 @@ LEFT_OUT = {
     "test_examples.py::test_an_order_and_its_email_come_together": SQLITE,
     "test_idempotency.py::test_one_key_is_one_task_for_two_processes*": SQLITE,
     "test_idempotency.py::test_one_key_twice_in_one_request*": WAITS,
-    "test_manager.py::test_a_delayed_task_starts_when_its_time*": LATE,
     "test_manager.py::test_a_full_disk_refuses*": SQLITE,
     "test_manager.py::test_a_task_that_ends_while_the_database_is_locked*": SQLITE,
     "test_manager.py::test_it_starts_while_another_process_locks*": SQLITE,
@@ -46,7 +44,6 @@ LEFT_OUT = {
     "test_operations.py::test_a_service_that_was_not_started*": SQLITE,
     "test_pages.py::test_a_backend_that_is_away_is_a_page*": SQLITE,
     "test_pages.py::test_the_dashboard_stays_small": "its pages are measured with what SQLite shows",
-    "test_queues.py::test_a_paused_queue_takes_tasks*": LATE,
     "test_queues.py::test_a_turn_that_is_rolled_back*": SQLITE,
     "test_queues.py::test_of_many_concurrent_requests*": SQLITE,
     "test_queues.py::test_the_loser_of_a_race*": SQLITE,
