@@ -59,7 +59,7 @@ class Loop:
 
     async def _run(self) -> None:
         failures = 0
-        while True:
+        while not is_cancelled():  # a driver may make an error of its own of a cancellation, and a body get over that
             try:
                 await self._body()
                 failures = 0
