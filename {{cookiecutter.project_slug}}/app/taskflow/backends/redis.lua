@@ -352,8 +352,11 @@ local function write(me, changes)
     for _, row in ipairs(changes.counts) do count(unpack(row)) end
     for _, tally in ipairs(changes.groups) do regroup(tally) end
     for _, gauge in ipairs(changes.gauges) do
-        redis.call('HSET', key('gauge', gauge[1]), gauge[2], gauge[3])
-        redis.call('EXPIREAT', key('gauge', gauge[1]), number(gauge[4]))
+        local place, at, field, sums, goes_at, oldest = unpack(gauge)
+        redis.call('HSET', key('gauge', place .. ':' .. at), field, sums)
+        redis.call('ZADD', key('gauges', place), at, at)
+        redis.call('ZREMRANGEBYSCORE', key('gauges', place), '-inf', '(' .. number(oldest))
+        redis.call('EXPIREAT', key('gauge', place .. ':' .. at), number(goes_at))
     end
     reserve(#changes.events)
     for _, event in ipairs(changes.events) do tell(unpack(event)) end

@@ -534,9 +534,11 @@ class RedisBackend:
         return [group_of(row) for row in rows]
 
     async def gauges(self, size: int, kind: str, since: datetime, series: str | None = None) -> Sequence[GaugeRow]:
-        first, step = to_micros(since), size * 1_000_000
-        moments = range(-(-first // step) * step, to_micros(utc_now() + self.clock_offset) + step, step)
         with translated():
+            known: Any = await self._reader.zrangebyscore(
+                self.keys("gauges", str(size), kind), to_micros(since), "+inf"
+            )
+            moments = [int(at) for at in known]
             async with self._reader.pipeline(transaction=False) as pipeline:
                 for at in moments:
                     pipeline.hgetall(self.keys("gauge", str(size), kind, str(at)))

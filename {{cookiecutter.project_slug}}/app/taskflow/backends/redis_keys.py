@@ -9,6 +9,7 @@
 - `failures`: hash, error_key -> packed map; `failures_open`, `failures_dismissed`, `failures_empty`: sorted sets,
   those that have such tasks, or none, by the time of the last
 - `gauge:<size>:<kind>:<at>`: hash, packed (series, instance) -> sums; goes by itself when it is old enough
+- `gauges:<size>:<kind>`: sorted set, the times for which there are such hashes
 - `ready:<queue>:<name>`: sorted set, what may start now; its members sort by priority, time and id
 - `due`: sorted set, ids by the time at which they become ready
 - `running:<instance>`, `stopping:<instance>`, `runners`: sets, what an instance runs and is to stop; who runs anything

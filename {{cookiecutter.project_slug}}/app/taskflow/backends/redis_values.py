@@ -181,12 +181,13 @@ def arguments_of(changes: Changes) -> dict[str, Any]:
 
 
 def gauges_of(record: Record, changes: Changes) -> list[Any]:
-    """Key, field, value and the second at which the key goes."""
+    """Size and kind, time, field, value, the second at which the hash goes, and before which time others are gone."""
     found = []
     for row in record.rows:
-        goes_at = row.at + changes.now - to_micros(record.kept[row.size])
+        oldest = to_micros(record.kept[row.size])
+        goes_at = (row.at + changes.now - oldest) // 1_000_000
         field = msgpack.packb([row.series, changes.instance])
-        found.append((f"{row.size}:{row.kind}:{row.at}", field, row.sums, goes_at // 1_000_000))
+        found.append((f"{row.size}:{row.kind}", str(row.at), field, row.sums, goes_at, oldest))
     return found
 
 
