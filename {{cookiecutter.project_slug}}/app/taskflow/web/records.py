@@ -140,7 +140,7 @@ def marked(value: Any) -> Any:
 
 def shown(shape: type[Shape], source: object, redaction: Redaction = DEFAULT, **made: Any) -> dict[str, Any]:
     """What a shape says: `made`, and of the rest the source's attributes of those names, as plain JSON."""
-    return made | {name: plain(getattr(source, name), redaction) for name in required(shape) if name not in made}
+    return {name: made[name] if name in made else plain(getattr(source, name), redaction) for name in required(shape)}
 
 
 @cache
