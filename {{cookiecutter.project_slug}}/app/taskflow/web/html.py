@@ -123,6 +123,7 @@ class Renderer:
             preferences=Preferences.of(request),
             here=self._site.here(request),
             is_refresh=is_refresh(request),
+            seq=getattr(request.state, "taskflow_seq", None),
             can_operate=getattr(request.state, "taskflow_role", None) == "operate",
             **facts,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
 
@@ -43,7 +43,7 @@ class Part:
 class Making:
     due: float
     """Monotonic time at which it begins."""
-    part: asyncio.Task[Part] | None = None
+    part: asyncio.Task[Part] = field(init=False)
     seq: int | None = None
     """The newest event when it began; None until then."""
 
@@ -66,7 +66,6 @@ class Refreshes:
             making = self._makings[key] = Making(now if making is None else max(now, making.due + GAP))
             making.part = asyncio.create_task(self._made(making, make))
             making.part.add_done_callback(partial(self._forget_later, key, making))
-        assert making.part is not None
         return (await asyncio.shield(making.part)).answer(request)
 
     async def _made(self, making: Making, make: Callable[[], Awaitable[Response]]) -> Part:
@@ -78,7 +77,7 @@ class Refreshes:
     def _forget_later(self, key: Hashable, making: Making, part: asyncio.Task[Part]) -> None:
         if not part.cancelled():
             part.exception()  # whoever waited has heard of it
-        asyncio.get_running_loop().call_at(asyncio.get_running_loop().time() + GAP, self._forget, key, making)
+        asyncio.get_running_loop().call_later(GAP, self._forget, key, making)
 
     def _forget(self, key: Hashable, making: Making) -> None:
         if self._makings.get(key) is making:

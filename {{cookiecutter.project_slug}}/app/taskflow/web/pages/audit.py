@@ -29,11 +29,11 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     store = desk.store
 
     @router.get("/dashboard/audit")
-    @desk.refreshed
+    @desk.live
     async def audit(
         request: Request, before: Before = None, actor: Text = "", action: Text = "", about: Text = "", since: Text = ""
     ) -> Response:
-        seq, now = await desk.feed.head(), desk.now()
+        now = desk.now()
         asked = {"actor": actor.strip(), "action": action.strip(), "about": about.strip(), "since": since.strip()}
         found = await store.audit(before, PAGE_SIZE + 1, filter_of(asked, now))
         acts = facts(found[:PAGE_SIZE])
@@ -41,7 +41,6 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
         return desk.renderer.page(
             request,
             "audit.html",
-            seq=seq,
             now=now,
             acts=acts,
             older=older,

@@ -18,20 +18,19 @@ PAGE_SIZE = 25
 
 def add_routes(router: APIRouter, desk: Desk) -> None:
     @router.get("/dashboard/dead")
-    @desk.refreshed
+    @desk.live
     async def dead(
         request: Request,
         tab: Annotated[str, Query(pattern="^(open|dismissed)$")] = "open",
         before: Annotated[str | None, Query(max_length=100)] = None,
     ) -> Response:
-        seq = await desk.feed.head()
         place = None if before is None else place_of(before)
         dismissed = tab == "dismissed"
         groups = await desk.store.error_groups(dismissed=dismissed, before=place, limit=PAGE_SIZE + 1)
         shown = facts(groups[:PAGE_SIZE], dismissed=dismissed, knows=desk.store.knows)
         more = place_text(groups[PAGE_SIZE - 1]) if len(groups) > PAGE_SIZE else None
         return desk.renderer.page(
-            request, "dead.html", seq=seq, now=desk.now(), tab=tab, groups=shown, older=more, newest=before is None
+            request, "dead.html", now=desk.now(), tab=tab, groups=shown, older=more, newest=before is None
         )
 
 

@@ -36,19 +36,20 @@ class Desk:
     def now(self) -> datetime:
         return self.site.manager.clock()
 
-    def refreshed(self, page: Callable[P, Awaitable[Response]]) -> Callable[P, Awaitable[Response]]:
-        """A page's function whose refreshes are made once for all who look at it. They see the same but for the frame,
-        which stays as it is."""
+    def live(self, page: Callable[P, Awaitable[Response]]) -> Callable[P, Awaitable[Response]]:
+        """A page that follows the stream, from the newest event before it was made. Its refreshes are made once for all
+        who look at it: they see the same but for the frame, which stays as it is."""
 
         @wraps(page)
         async def answer(*args: P.args, **asked: P.kwargs) -> Response:
             request = asked["request"]
             assert isinstance(request, Request)
-            if not is_refresh(request):
-                return await page(*args, **asked)
-            role = getattr(request.state, "taskflow_role", None)
-            key = (self.site.base(request), self.site.here(request), role)
-            return await self.refreshes.of(request, key, lambda: page(*args, **asked))
+            if is_refresh(request):
+                role = getattr(request.state, "taskflow_role", None)
+                key = (self.site.base(request), self.site.here(request), role)
+                return await self.refreshes.of(request, key, lambda: page(*args, **asked))
+            request.state.taskflow_seq = await self.feed.head()
+            return await page(*args, **asked)
 
         return answer
 

@@ -37,9 +37,8 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     compared = Remembered(store.changed_since, COMPARED_EVERY)
 
     @router.get("/dashboard")
-    @desk.refreshed
+    @desk.live
     async def overview(request: Request, span: SpanName = "1h") -> Response:
-        seq = await desk.feed.head()
         counts, newest, groups, instances, queues = await asyncio.gather(
             store.counts(),
             store.page(TaskFilter(), None, NEWEST),
@@ -56,7 +55,6 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
         return desk.renderer.page(
             request,
             "overview.html",
-            seq=seq,
             now=now,
             unready=desk.site.manager.unready(),
             knows=store.knows,

@@ -31,19 +31,18 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     store = desk.store
 
     @router.get("/dashboard/queues")
-    @desk.refreshed
+    @desk.live
     async def queues(request: Request, name: Annotated[str, Query(max_length=512)] = "") -> Response:
-        seq = await desk.feed.head()
         states, counts, history = await asyncio.gather(store.queues(), store.counts(), store.histories("queue"))
         oldest = await store.oldest([state.name for state in states if state.pending])
         rows = facts(states, counts, history, oldest)
         if not name:
-            return desk.renderer.page(request, "queues.html", seq=seq, now=desk.now(), queues=rows)
+            return desk.renderer.page(request, "queues.html", now=desk.now(), queues=rows)
         row = next((row for row in rows if row.state.name == name), None)
         if row is None:
             raise QueueNotFound(name)
         changes = changes_of(name, await store.audit(None, HISTORY))
-        return desk.renderer.page(request, "queue.html", seq=seq, now=desk.now(), row=row, changes=changes)
+        return desk.renderer.page(request, "queue.html", now=desk.now(), row=row, changes=changes)
 
     @router.post("/dashboard/queues/edit")
     async def edit(request: Request) -> Response:

@@ -37,9 +37,8 @@ def add_schedules(router: APIRouter, desk: Desk) -> None:
     schedules = desk.site.manager.schedules
 
     @router.get("/dashboard/schedules")
-    @desk.refreshed
+    @desk.live
     async def show(request: Request, after: Text = "") -> Response:
-        seq = await desk.feed.head()
         states = [state for state in await schedules.states() if state.name > after]
         page = states[:PAGE_SIZE]
         runs = await asyncio.gather(*(runs_of(desk, state.name) for state in page))
@@ -47,7 +46,7 @@ def add_schedules(router: APIRouter, desk: Desk) -> None:
         rows = [row_of(*each) for each in zip(page, runs, triggers, strict=True)]
         more = page[-1].name if len(states) > len(page) else None
         return desk.renderer.page(
-            request, "schedules.html", seq=seq, now=desk.now(), rows=rows, more=more, after=after, tab="schedules"
+            request, "schedules.html", now=desk.now(), rows=rows, more=more, after=after, tab="schedules"
         )
 
     @router.post("/dashboard/schedules/run")
@@ -73,9 +72,8 @@ def add_one_offs(router: APIRouter, desk: Desk) -> None:
     schedules, store = desk.site.manager.schedules, desk.store
 
     @router.get("/dashboard/schedules/once")
-    @desk.refreshed
+    @desk.live
     async def show(request: Request, after: Annotated[str | None, Query()] = None) -> Response:
-        seq = await desk.feed.head()
         cursor = cursor_of(after)
         found = await schedules.one_offs(
             after=(cursor.created_at, cursor.task_id) if cursor else None, limit=ONE_OFFS + 1
@@ -87,7 +85,6 @@ def add_one_offs(router: APIRouter, desk: Desk) -> None:
         return desk.renderer.page(
             request,
             "once.html",
-            seq=seq,
             now=desk.now(),
             waiting=[(item, call_words(item, store.parameters(item.func_name), desk.site.redaction)) for item in page],
             more=more,

@@ -33,9 +33,8 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     store, site = desk.store, desk.site
 
     @router.get("/dashboard/tasks/{task_id}")
-    @desk.refreshed
+    @desk.live
     async def task_page(request: Request, task_id: str, level: Level = "") -> Response:
-        seq = await desk.feed.head()
         task = await store.get(checked_id(task_id))
         most = 1 if is_refresh(request) else MOST_READ  # a page that is refreshed keeps the log that it has
         events, logs = await asyncio.gather(store.events(task_id), store.logs(task_id, 0, most))
@@ -45,7 +44,6 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
             request,
             "task.html",
             why=why,
-            seq=seq,
             now=now,
             task=task,
             known=store.knows(task.func_name),

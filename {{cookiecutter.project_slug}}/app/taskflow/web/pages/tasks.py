@@ -28,18 +28,16 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
     store = desk.store
 
     @router.get("/dashboard/tasks")
-    @desk.refreshed
+    @desk.live
     async def task_list(
         request: Request, q: Annotated[str, Query()] = "", before: Annotated[str | None, Query()] = None
     ) -> Response:
         now = desk.now()
         search, cursor = views.parse_search(q, now), cursor_of(before)
-        seq = await desk.feed.head()
         counts, page = await asyncio.gather(store.counts(), store.page(search.filter(now), cursor, PAGE_SIZE))
         return desk.renderer.page(
             request,
             "tasks.html",
-            seq=seq,
             now=now,
             search=search,
             typed=q,

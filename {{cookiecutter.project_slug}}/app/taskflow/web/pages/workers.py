@@ -21,9 +21,8 @@ MOST_LOST = 20
 
 def add_routes(router: APIRouter, desk: Desk) -> None:
     @router.get("/dashboard/workers")
-    @desk.refreshed
+    @desk.live
     async def workers(request: Request) -> Response:
-        seq = await desk.feed.head()
         now = desk.now()
         instances = await desk.store.instances()
         # A process that was drained says of itself that it has no slots.
@@ -34,7 +33,6 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
         return desk.renderer.page(
             request,
             "workers.html",
-            seq=seq,
             now=now,
             workers=rows,
             me=me,
