@@ -8,6 +8,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -245,6 +246,23 @@ def test_of_a_log_the_newest_lines_are_shown_and_a_refresh_reads_none_of_it(
 def test_workers_say_how_they_are(running: Service) -> None:
     document = show(running, "/workers")
     assert re.search(r"Slots busy Memory Commit Version.* 0 / [\d,]+ \d+ MB [\d.]+ m?s", document.text), document.text
+
+
+def test_a_busy_worker_leads_to_what_runs(running: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    running.run("add_up", 1, 2)
+    instances = running.manager.store.instances
+
+    async def busy() -> Any:
+        return [replace(instance, running=1) for instance in await instances()]
+
+    monkeypatch.setattr(running.manager.store, "instances", busy)
+    link = next(address for said, address in show(running, "/workers").links.items() if said.startswith("1 / "))
+    assert "Nothing matches" in page(running.client.get(link)).text
+    wait_until(running, running.add("wait_for_gate"), "running")
+    found = page(running.client.get(link)).text
+    assert "wait_for_gate" in found
+    assert "add_up" not in found
+    running.gate.set()
 
 
 def test_arguments_are_hidden_unless_the_team_allows_them(running: Service) -> None:
