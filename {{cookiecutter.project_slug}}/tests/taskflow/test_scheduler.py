@@ -315,6 +315,7 @@ async def test_ticks_that_were_missed_are_made_up_for_as_the_schedule_says(
 ) -> None:
     define = frozen(every(HOUR, misfire=misfire))
     manager = await start_manager(define)
+    await asyncio.wait_for(manager.scheduler.declared.wait(), 10)  # a start waits but briefly here
     if how == "restart":
         await manager.shutdown()
         manager = await start_manager(frozen(every(HOUR, misfire=misfire), at=NOON + timedelta(hours=5.5)))
