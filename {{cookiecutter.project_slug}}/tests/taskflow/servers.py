@@ -296,9 +296,10 @@ def fresh_redis(url: str) -> Iterator[str]:
     try:
         yield parts._replace(query=f"{parts.query}&prefix={prefix}".lstrip("&")).geturl()
     finally:
-        with redis.Redis.from_url(url) as client:
-            if keys := list(client.scan_iter(f"*{prefix}*", count=1000)):
-                client.unlink(*keys)
+        with redis.Redis.from_url(url) as client, client.pipeline(transaction=False) as unlinking:
+            for key in client.scan_iter(f"*{prefix}*", count=1000):
+                unlinking.unlink(key)
+            unlinking.execute()
 
 
 @contextmanager

@@ -109,15 +109,14 @@ def level_of(key: bytes, n: bytes) -> Level:
 
 
 def row_of_instance(value: bytes) -> SimpleNamespace:
-    row = SimpleNamespace(vitals=None)  # older code says nothing of that
-    row.__dict__.update(document(value))
+    row = SimpleNamespace(**{"vitals": None, **document(value)})  # older code says nothing of them
     row.owner = row.instance_id
     return row
 
 
 def unknown_owner(instance_id: str) -> SimpleNamespace:
     """Of tasks, without a row of its own."""
-    columns = ("host", "machine", "pid", "birth", "version", "started_at", "beat_at", "lease_until", "vitals")
+    columns = ("host", "machine", "pid", "birth", "version", "started_at", "beat_at", "lease_until")
     return SimpleNamespace(owner=instance_id, **dict.fromkeys(columns))
 
 

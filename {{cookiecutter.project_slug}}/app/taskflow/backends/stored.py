@@ -89,8 +89,9 @@ def instance_row(instance: Instance, beat: Beat) -> dict[str, Any]:
 
 def vitals_of(text: str | None) -> Vitals | None:
     """None where nothing was said, or nothing that can be read."""
-    with suppress(ValidationError):
-        return None if text is None else VITALS.validate_json(text)
+    if text is not None:
+        with suppress(ValidationError):
+            return VITALS.validate_json(text)
     return None
 
 
