@@ -53,9 +53,9 @@ Declined: x
 """
 PAGES = {
     "overview": "/dashboard",
-    "overview, 7 d": "/dashboard?window=7d",
+    "overview, 7 d": "/dashboard?span=7d",
     "tasks": "/dashboard/tasks",
-    "tasks, failed": "/dashboard/tasks?status=failed",
+    "tasks, failed": "/dashboard/tasks?q=status%3Afailed",
     "tasks, a name": "/dashboard/tasks?q=name%3Acharge_card",
     "tasks, a tag": "/dashboard/tasks?q=tag.tenant%3At7",
     "a task": "/dashboard/tasks/{task}",
@@ -80,6 +80,7 @@ def batches(tasks: int) -> Iterator[Mapping[str, list[dict[str, Any]]]]:
     chance, now, seq = random.Random(7), utc_now(), 0
     day = 86_400_000_000
     columns: dict[str, Any] = dict.fromkeys(column.name for column in task_table.c)
+    known: set[str] = set()
     columns |= {"excused": 0, "crashes": 0, "requeue": False, "cancel_requested": False, "source": "manual"}
     for first in range(0, tasks, BATCH):
         found: dict[str, list[dict[str, Any]]] = {"failure": [], "task": [], "event": [], "log": []}
@@ -109,6 +110,12 @@ def batches(tasks: int) -> Iterator[Mapping[str, list[dict[str, Any]]]]:
                 "error_key": cause and cause.key,
             }
             found["task"].append(row)
+            if cause and cause.key not in known:
+                known.add(cause.key)
+                found["failure"].append(
+                    {"error_key": cause.key, "name": name, "error_type": cause.error_type, "message": cause.message}
+                    | {"frame": cause.frame, "first_at": at, "last_at": at, "open": 0, "dismissed": 0}
+                )
             for kind in ("created", "started", row["status"] if failed else "succeeded"):
                 seq += 1
                 found["event"].append(
@@ -126,17 +133,7 @@ def batches(tasks: int) -> Iterator[Mapping[str, list[dict[str, Any]]]]:
 async def fill(url: str, tasks: int) -> None:
     backend: Backend = open_backend(url)
     await backend.open()
-    known: set[str] = set()
     for found in batches(tasks):
-        for row in found["task"]:
-            if row["error_key"] and row["error_key"] not in known:
-                known.add(row["error_key"])
-                cause = failure_of(row["name"], row["error"], TRACE)
-                found["failure"].append(
-                    {"error_key": cause.key, "name": row["name"], "error_type": cause.error_type}
-                    | {"message": cause.message, "frame": cause.frame, "first_at": row["finished_at"]}
-                    | {"last_at": row["finished_at"], "open": 0, "dismissed": 0}
-                )
         for kind, rows in found.items():
             if rows:
                 await backend.load(kind, rows)

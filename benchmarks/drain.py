@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any
 
 from app.taskflow import TaskManager, TaskStatus
@@ -27,18 +28,17 @@ STORES = ["sqlite", "postgres", "redis"]
 TASKS = 10_000
 
 
-def servers_of_the_tests() -> Any:
-    spec = importlib.util.spec_from_file_location("servers", PROJECT / "tests" / "taskflow" / "servers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["servers"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def module_of_the_tests(name: str) -> Any:
+    """Of the project's, whose package is called as the template's is."""
+    package = ModuleType("tests_of_the_project")
+    package.__path__ = [str(PROJECT / "tests" / "taskflow")]
+    sys.modules.setdefault(package.__name__, package)
+    return import_module(f"{package.__name__}.{name}")
 
 
 @contextmanager
 def location(store: str) -> Iterator[str]:
-    servers = servers_of_the_tests()
+    servers = module_of_the_tests("servers")
     with tempfile.TemporaryDirectory() as folder:
         if store == "sqlite":
             yield f"sqlite:///{Path(folder) / 'tasks.db'}"

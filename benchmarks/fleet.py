@@ -18,16 +18,15 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from app.taskflow.backends import open_backend
 from app.taskflow.delivery import celery_app
 from app.taskflow.models import TaskStatus
 
-from .__main__ import PROJECT, ROOT, environment
+from .__main__ import ROOT, environment
+from .drain import module_of_the_tests
 
 TASKS = 10_000
 DRAINED = 3_000
@@ -179,20 +178,12 @@ async def known(store: str, ids: list[str]) -> int:
     return found
 
 
-def helpers() -> str:
-    """The package of the project's tests, which has the same name as the template's."""
-    package = ModuleType("tests_of_the_project")
-    package.__path__ = [str(PROJECT / "tests" / "taskflow")]
-    sys.modules[package.__name__] = package
-    return package.__name__
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", choices=["postgres", "redis"], default="postgres")
     parser.add_argument("names", nargs="*", default=["throughput", "chaos"])
     options = parser.parse_args()
-    servers, brokers = (import_module(f"{helpers()}.{name}") for name in ("servers", "brokers"))
+    servers, brokers = map(module_of_the_tests, ("servers", "brokers"))
     url = servers.redis_url() if options.store == "redis" else servers.postgres_url()
     place = servers.fresh_redis if options.store == "redis" else servers.fresh_postgres
     with brokers.RabbitServer() as broker:

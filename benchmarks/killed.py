@@ -35,13 +35,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .__main__ import ROOT, environment
 from .contestants.killed_job import CONCURRENCY, JOBS, REDELIVERY
-from .fleet import helpers
+from .drain import module_of_the_tests
 from .peers import python_of
 
 FIRST_KILL, SECOND_KILL, RESTART = 2.0, 4.0, 6.0
@@ -227,7 +226,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--logs", type=Path, help="keep what workers and jobs wrote below this folder")
     options = parser.parse_args()
-    servers, brokers = (import_module(f"{helpers()}.{name}") for name in ("servers", "brokers"))
+    servers, brokers = map(module_of_the_tests, ("servers", "brokers"))
     kinds = {"redis": servers.RedisServer, "postgres": servers.PostgresServer, "rabbit": brokers.RabbitServer}
     for turn in range(options.rounds):
         for name in options.names:

@@ -30,7 +30,7 @@ from app.taskflow.backends import open_backend
 from app.taskflow.models import TaskFilter
 
 from .__main__ import ROOT, environment
-from .drain import servers_of_the_tests
+from .drain import module_of_the_tests
 
 LEASE = 30.0
 OUTAGE = 40.0
@@ -359,7 +359,7 @@ def ordeal_in(folder: Path, server: Any) -> Iterator[Ordeal]:
 @contextmanager
 def server_of(store: str, folder: Path, *, small: bool) -> Iterator[Any]:
     """A server of this ordeal's own, and None for a file; with `small`, on a small disk."""
-    servers = servers_of_the_tests()
+    servers = module_of_the_tests("servers")
     server = None if store == "sqlite" else servers.PostgresServer() if store == "postgres" else servers.RedisServer()
     with (
         small_disk(server.directory if server else folder / "disk") if small else nullcontext(),

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from .__main__ import ROOT
-from .drain import servers_of_the_tests
+from .drain import module_of_the_tests
 
 PEERS = {
     "arq": ("redis", ["arq==0.26.3"]),
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=5_000)
     parser.add_argument("names", nargs="*", default=list(PEERS))
     options = parser.parse_args()
-    servers = servers_of_the_tests()
+    servers = module_of_the_tests("servers")
     found: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(ROUNDS):
         for name in options.names:
