@@ -263,6 +263,36 @@ def test_what_is_made_from_the_answers_is_named_and_so_is_a_step_of_the_schema(o
     assert f"The schema goes from {number} to {number + 1}" in told
 
 
+def test_what_only_the_newer_version_knows_to_be_left_out_stays_out(owner: Owner) -> None:
+    def another_store(root: Path) -> None:
+        replaced("tools/upstream.py", "(redis|postgres)", "(redis|postgres|mysql)")(root)
+        written(f"{ENGINE}/backends/mysql.py", b"# new\n")(root)
+        written(f"{ENGINE}/seasons.py", b"# new\n")(root)
+
+    owner.upstream(another_store)
+    owner.here(appended("tools/upstream.py", "\n# ours\n"))
+    told = owner.tool("update")
+    assert "seasons.py" in told
+    assert "mysql.py" not in told
+    assert not owner.file(f"{ENGINE}/seasons.py").exists()
+    owner.tool("update", "--write")
+    assert owner.file(f"{ENGINE}/seasons.py").exists()
+    assert not owner.file(f"{ENGINE}/backends/mysql.py").exists()
+    assert owner.file("tools/upstream.py").read_text().endswith("# ours\n")
+    assert "|mysql)" in owner.file("tools/upstream.py").read_text()
+
+
+def test_an_older_version_whose_tool_updates_its_own_project_only_can_be_taken(owner: Owner) -> None:
+    def alone(root: Path) -> None:
+        tool = root / "tools/upstream.py"
+        tool.write_text(tool.read_text().replace("--project", "--elsewhere"))
+
+    owner.upstream(alone)
+    owner.upstream(appended(f"{ENGINE}/clock.py", "# newer\n"))
+    owner.tool("update", "--write")
+    assert owner.file(f"{ENGINE}/clock.py").read_text().endswith("# newer\n")
+
+
 def test_another_version_than_the_newest_can_be_taken(owner: Owner) -> None:
     owner.upstream(appended(f"{ENGINE}/clock.py", "# first\n"))
     git(owner.template, "tag", "v1")

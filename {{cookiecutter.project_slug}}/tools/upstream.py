@@ -9,7 +9,8 @@
 The standard library and git, nothing else. `app/taskflow/UPSTREAM.toml` has the checksums of what was taken, and from
 where. Vendored files are the same bytes in every project, so they are merged as they are: what you did not touch is
 replaced, what you edited is merged by `git merge-file`, what you removed stays removed, a store that you left out stays
-out. The exit code is 1 where something is left for you to decide.
+out. What belongs to which project is known to the newer version: an update is made by its copy of this file. The exit
+code is 1 where something is left for you to decide.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "app/taskflow/UPSTREAM.toml"
+THIS = "tools/upstream.py"
 TREES = ("app/taskflow/", "tests/taskflow/", "tools/")
 """What is vendored: the same bytes in every project."""
 INSIDE = "{{cookiecutter.project_slug}}/"
@@ -147,6 +149,11 @@ class Template:
 
     def content(self, commit: str, path: str) -> bytes:
         return git("show", f"{commit}:{INSIDE}{path}", cwd=self.folder).stdout
+
+    def tool(self) -> bytes | None:
+        """Their copy of this file, where there is one that updates other projects than its own."""
+        found = self.content(self.theirs, THIS) if THIS in self.files(self.theirs) else b""
+        return found if b'"--project"' in found else None
 
     def renames(self) -> dict[str, str]:
         """Old path -> new path, where git sees that a file went elsewhere."""
@@ -377,10 +384,14 @@ def lines_of(content: bytes) -> list[str]:
 
 
 def update(root: Path, options: argparse.Namespace) -> int:
+    root = options.project or root
     taken = Taken.read(root)
     if options.write:
         refuse_unsaved(root)
     with template_of(taken, options.to) as template:
+        newer = template.tool()
+        if newer is not None and not same(newer, Path(__file__).read_bytes()):
+            return hand_over(newer, root, template.theirs, options)
         plan = plan_of(root, taken, template)
         edges = [path for path in template.changed() if not path.startswith(TREES) and not path.startswith("_bare/")]
         schema = [version_of(template, commit) for commit in (template.base, template.theirs)]
@@ -395,6 +406,15 @@ def update(root: Path, options: argparse.Namespace) -> int:
         (root / RECORD).write_text(fresh.text(), "utf-8", newline="\n")
     advise(plan, options, taken, edges, schema)
     return 1 if plan.conflicts else 0
+
+
+def hand_over(tool: bytes, root: Path, commit: str, options: argparse.Namespace) -> int:
+    """The update as another version of this file makes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / Path(THIS).name
+        path.write_bytes(tool)
+        words = ["update", "--project", str(root), "--to", commit, *(["--write"] if options.write else [])]
+        return subprocess.run([sys.executable, str(path), *words]).returncode
 
 
 def version_of(template: Template, commit: str) -> str:
@@ -483,6 +503,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("update", help="take a newer version")
     one.add_argument("--to", metavar="REF", help="a commit, tag or branch of the template; its main branch otherwise")
     one.add_argument("--write", action="store_true", help="do it; otherwise it is only said")
+    one.add_argument("--project", metavar="DIR", type=Path, help="its root; the project of this file otherwise")
     one.set_defaults(command=update)
     one = commands.add_parser("add", help="a store or a delivery that the project was made without")
     one.add_argument("store", choices=["redis", "postgres", "celery"])
