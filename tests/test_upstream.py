@@ -189,7 +189,7 @@ def test_conflicts_are_marked_reported_and_keep_both_sides(owner: Owner) -> None
     owner.here(appended(f"{ENGINE}/telemetry.py", "# ours\n"))
     owner.here(written(f"{ENGINE}/both.py", b"ours\n"))
     told = owner.tool("update", "--write", code=1)
-    assert "3 files are for you to decide" in told
+    assert "For you to decide (3)" in told
     clock = owner.file(f"{ENGINE}/clock.py").read_text()
     assert "<<<<<<< yours" in clock
     assert "Ours." in clock

@@ -432,7 +432,7 @@ def advise(plan: Plan, options: argparse.Namespace, taken: Taken, edges: list[st
     if schema[0] != schema[1]:
         print(f"The schema goes from {schema[0]} to {schema[1]}: python -m app migrate, or the first start, does it")
     if plan.conflicts:
-        print(f"{len(plan.conflicts)} files are for you to decide: {', '.join(plan.conflicts)}")
+        print(f"For you to decide ({len(plan.conflicts)}): {', '.join(plan.conflicts)}")
     elif not options.write and plan.words:
         print("Nothing was written: --write does it. Then: make test-all")
     elif options.write:
