@@ -392,6 +392,41 @@ def test_a_choice_of_theme_is_kept_without_a_script(running: Service) -> None:
     assert ("html", "data-keys", "off") in attributes
 
 
+VIEW = "/tasks/dashboard/tasks/view"
+
+
+def test_a_search_is_saved_shown_and_removed(running: Service) -> None:
+    search, address = "status:failed name:charge_card", "/tasks?q=name:charge_card++status:failed"
+    assert not any("view" in button for form in show(running, "/tasks").forms for button in form.buttons)
+    running.client.post(VIEW, data={"q": '  tag.tenant:"a & b"  ', "save": "on"})
+    form = show(running, address).form("Save view")
+    response = running.client.post(VIEW, data=form.fields | {"save": "on"})
+    assert response.headers["location"] == "/tasks/dashboard/tasks?q=status%3Afailed+name%3Acharge_card"
+    links = show(running, "/tasks").links
+    assert [link for link in links if link in (search, 'tag.tenant:"a & b"')] == ['tag.tenant:"a & b"', search]
+    assert show(running, links[search].removeprefix("/tasks/dashboard")).form("Remove view")
+    running.client.post(VIEW, data={"q": search, "save": "off"})
+    assert search not in show(running, "/tasks").links
+    assert show(running, address).form("Save view")
+
+
+def test_more_views_than_a_browser_keeps_are_refused_and_nothing_is_lost(running: Service) -> None:
+    for number in range(12):
+        running.client.post(VIEW, data={"q": f"id:{number}", "save": "on"})
+    refused = running.client.post(VIEW, data={"q": "id:more", "save": "on"})
+    assert "remove one first" in page(refused, 409).text
+    long = running.client.post(VIEW, data={"q": "é" * 500, "save": "on"})
+    assert long.status_code == 409
+    assert all(f"id:{number}" in show(running, "/tasks").text for number in range(12))
+
+
+@pytest.mark.parametrize("cookie", ["%", "&&&", "%ff%00", "x" * 9_000, "<script>alert(1)</script>"])
+def test_any_cookie_of_saved_views_is_answered(running: Service, cookie: str) -> None:
+    response = running.client.get("/tasks/dashboard/tasks", headers={"Cookie": f"taskflow_saved={cookie}"})
+    assert response.status_code == 200
+    assert "<script>alert" not in response.text
+
+
 def test_a_page_without_a_script_asks_for_itself_now_and_then() -> None:
     with service(poll_interval=7) as running:
         assert ("meta", "content", "7") in show(running).attributes

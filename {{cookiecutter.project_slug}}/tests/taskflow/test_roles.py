@@ -17,7 +17,7 @@ from .web_support import Document, Service, page, service
 ADA, ALAN = ("ada", "lovelace"), ("alan", "turing", "read")
 OPEN = ("/tasks/auth/login", "/tasks/dashboard/static/")
 """What anybody may ask for."""
-FOR_READERS = ("/tasks/auth/logout", "/tasks/dashboard/view")
+FOR_READERS = ("/tasks/auth/logout", "/tasks/dashboard/view", "/tasks/dashboard/tasks/view")
 """What is unsafe by its method, and changes no task."""
 
 
@@ -92,6 +92,7 @@ def test_who_may_only_read_sees_every_page_and_no_button_that_would_be_refused(c
 def test_who_may_only_read_may_log_out_and_choose_a_theme(closed: Service) -> None:
     log_in(closed, *ALAN[:2])
     assert closed.client.post("/tasks/dashboard/view", data={"theme": "dark"}).status_code == 303
+    assert closed.client.post("/tasks/dashboard/tasks/view", data={"q": "a", "save": "on"}).status_code == 303
     assert closed.client.post("/tasks/auth/logout").status_code == 303
     assert closed.client.get("/tasks").status_code == 401
 

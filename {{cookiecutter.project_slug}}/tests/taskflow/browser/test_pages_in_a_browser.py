@@ -62,6 +62,23 @@ def test_a_failed_task_is_found_by_its_error_and_retried(shop: Shop, open_tab: O
     expect(page.locator(".waterfall tbody tr")).to_have_count(before + 2)  # live: both of the new attempts
 
 
+@pytest.mark.parametrize("with_script", [True, False])
+def test_a_search_is_saved_and_found_again(shop: Shop, open_tab: OpenTab, with_script: bool) -> None:
+    tab = open_tab(java_script_enabled=with_script)
+    tab.page.goto(shop.address("/tasks"))
+    tab.page.get_by_role("searchbox").fill("status:failed name:charge_card")
+    tab.page.keyboard.press("Enter")
+    tab.page.get_by_role("button", name="Save view").click()
+    tab.page.get_by_role("link", name="Tasks").click()
+    tab.page.get_by_role("navigation", name="Saved views").get_by_role("link").click()
+    expect(tab.page.get_by_role("searchbox")).to_have_value("status:failed name:charge_card")
+    if with_script:
+        assert tab.axe() == []
+    tab.page.get_by_role("button", name="Remove view").click()
+    expect(tab.page.get_by_role("button", name="Save view")).to_be_visible()
+    expect(tab.page.get_by_role("navigation", name="Saved views").get_by_role("link")).to_have_count(0)
+
+
 def test_a_whole_group_is_dismissed_with_its_number_said_before_and_restored(shop: Shop, open_tab: OpenTab) -> None:
     page = open_tab().page
     page.goto(shop.address("/dead"))

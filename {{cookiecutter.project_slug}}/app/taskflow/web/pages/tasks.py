@@ -18,6 +18,7 @@ from ...store import Act, TaskStore
 from .. import views
 from ..auth import actor_of
 from ..html import fields_of
+from ..saved import saved_views
 from .bulk import act_of
 from .desk import Desk, cursor_of
 
@@ -41,6 +42,7 @@ def add_routes(router: APIRouter, desk: Desk) -> None:
             now=now,
             search=search,
             typed=q,
+            saved=saved_views(request),
             chips=chips(search, counts),
             tasks=page.tasks,
             older=page.older,
