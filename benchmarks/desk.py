@@ -37,7 +37,7 @@ from .load import content_length
 TASKS, BATCH = 1_000_000, 2_000
 RATE = 200
 """Tasks a second that run while pages are asked for."""
-ASKED = 40
+ASKED = 200
 """Times that each page is asked for."""
 MEASURED = 10.0
 """Seconds for which tabs are open."""
