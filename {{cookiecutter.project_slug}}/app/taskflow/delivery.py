@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
+from itertools import chain
 from typing import Any, Protocol, cast
 
 from celery import Celery  # type: ignore[import-untyped]
@@ -24,7 +25,6 @@ from kombu import Exchange, Queue  # type: ignore[attr-defined]
 from kombu.exceptions import KombuError
 
 from .backends.base import AttemptId, Finish, TurnResult
-from .dispatcher import Delivery
 from .errors import BackendUnavailable
 from .journal import Journal
 from .loops import Loop
@@ -50,12 +50,6 @@ class Service(Protocol):
     store: TaskStore
     journal: Journal
     queues: dict[str, QueueConfig]
-
-    def deliver_by(self, delivery: Delivery) -> None: ...
-
-    async def startup(self) -> None: ...
-
-    async def shutdown(self) -> None: ...
 
 
 def celery_app(url: str, queues: Sequence[str]) -> Celery:
@@ -116,9 +110,12 @@ class CeleryDelivery:
         self._loop.start()
 
     async def stop(self) -> None:
+        self.let_go()
+        for end in self._running.values():  # which nobody will hear of any more
+            settle(end, None)
         await self._loop.stop()
-        if (sender := self._sender) is not None:
-            self._sender = None
+        sender, self._sender = self._sender, None
+        if sender is not None:
             sender.shutdown(wait=False)
 
     # -- what the dispatcher asks and tells
@@ -150,8 +147,11 @@ class CeleryDelivery:
             self._reason.set()
 
     def let_go(self) -> None:
-        """This process is about to stop: what runs ends, and no token goes on."""
+        """This process is about to stop: what runs ends, and no token goes on or waits for a turn."""
         self._stopping = True
+        for token in chain(*self._asking.values()):
+            settle(token, None)
+        self._asking.clear()
 
     # -- a token is spent
 
@@ -159,7 +159,7 @@ class CeleryDelivery:
         """Runs the next task of a queue, if one is ready, and says how many it ran. Where tasks wait for a slot, or for
         the queue's limit, it goes on while there are any: the tokens that found none free are gone."""
         ran = 0
-        while ran == 0 or self._goes_on(queue):
+        while not self._stopping and (ran == 0 or self._goes_on(queue)):
             token: Token = asyncio.get_running_loop().create_future()
             self._asking[queue].append(token)
             self._journal.wake()
@@ -171,8 +171,7 @@ class CeleryDelivery:
 
     def _goes_on(self, queue: str) -> bool:
         limits = self._journal.queues.get(queue)
-        limited = queue in self._scarce or (limits is not None and limits.concurrency is not None)
-        return limited and not self._stopping
+        return queue in self._scarce or (limits is not None and limits.concurrency is not None)
 
     # -- messages are sent
 

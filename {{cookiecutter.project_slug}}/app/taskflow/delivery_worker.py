@@ -9,27 +9,45 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from concurrent.futures import Future
+from typing import Protocol
 
 from celery import Celery, signals  # type: ignore[import-untyped]
+from celery.exceptions import Reject  # type: ignore[import-untyped]
 
 from .delivery import TASK, CeleryDelivery, Service
+from .dispatcher import Delivery
 
 START_TIMEOUT, STOP_TIMEOUT = 60.0, 45.0
 """Seconds that a worker has to start, and to end what it runs."""
 
 
+class HostedService(Service, Protocol):
+    """The same, as far as this process starts and stops it."""
+
+    def deliver_by(self, delivery: Delivery) -> None: ...
+
+    async def startup(self) -> None: ...
+
+    async def shutdown(self) -> None: ...
+
+
 class Host:
     """One instance in a Celery worker's process, with an event loop and a thread of its own."""
 
-    def __init__(self, service: Service, delivery: CeleryDelivery) -> None:
+    def __init__(self, service: HostedService, delivery: CeleryDelivery) -> None:
         self._service, self._delivery = service, delivery
         self._lock = threading.Lock()
         self._process = 0
         self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._end: Future[None] | None = None
 
     def spend(self, queue: str) -> int:
-        """Blocks until what the token stands for has ended."""
-        return asyncio.run_coroutine_threadsafe(self._delivery.spend(queue), self.start()).result()
+        """Blocks until what the token stands for has ended. Raises Reject where it is for another worker to take."""
+        ran = asyncio.run_coroutine_threadsafe(self._delivery.spend(queue), self.start()).result()
+        if not ran and self._end is not None:
+            raise Reject("this worker stops", requeue=True)
+        return ran
 
     def start(self) -> asyncio.AbstractEventLoop:
         """In this process, which may have been forked from another: by its first message at the latest."""
@@ -46,19 +64,23 @@ class Host:
             return self._event_loop
 
     def let_go(self) -> None:
-        """The worker is asked to stop: it ends what runs and takes up nothing more."""
-        if self._event_loop is not None:
+        """The worker is asked to stop: it ends what runs, in its shutdown time, and takes up nothing more."""
+        if self._event_loop is not None and self._end is None:
             self._event_loop.call_soon_threadsafe(self._delivery.let_go)
+            self._end = asyncio.run_coroutine_threadsafe(self._service.shutdown(), self._event_loop)
 
     def stop(self) -> None:
+        """Returns when everything has ended."""
         with self._lock:
             if self._event_loop is not None and self._process == os.getpid():
-                asyncio.run_coroutine_threadsafe(self._service.shutdown(), self._event_loop).result(STOP_TIMEOUT)
+                self.let_go()
+                if self._end is not None:
+                    self._end.result(STOP_TIMEOUT)
                 self._event_loop.call_soon_threadsafe(self._event_loop.stop)
-                self._event_loop = None
+                self._event_loop = self._end = None
 
 
-def worker_app(service: Service, url: str) -> Celery:
+def worker_app(service: HostedService, url: str) -> Celery:
     """What `celery -A app.worker worker` runs."""
     delivery = CeleryDelivery(service, url)
     service.deliver_by(delivery)

@@ -85,6 +85,8 @@ class Fleet:
         for delivery, loop in random.sample(list(self.loops.items()), len(self.loops)):
             future = asyncio.run_coroutine_threadsafe(delivery.spend(queue), loop)
             self.spending[delivery].add(future)
+            if delivery not in self.loops:  # it left meanwhile, and its loop may never turn again
+                future.cancel()
             try:
                 ran = future.result()
             except CancelledError:  # it was stopped

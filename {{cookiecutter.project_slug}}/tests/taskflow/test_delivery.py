@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from app.taskflow import TaskFailed, TaskManager, TaskStatus
-from app.taskflow.delivery import CeleryDelivery
+from app.taskflow.delivery import TASK, CeleryDelivery
 
 from .brokers import RabbitServer, rabbitmq_program
 from .helpers import eventually
-from .servers import BACKENDS, RedisServer, fresh_postgres, fresh_redis, postgres_url, redis_url
+from .servers import BACKENDS, PostgresServer, RedisServer, fresh_postgres, fresh_redis, postgres_url, redis_url
 
 pytestmark = pytest.mark.anyio
 MISSING = "there is no RabbitMQ on PATH"
@@ -237,6 +237,29 @@ async def test_a_worker_that_is_stopped_takes_up_nothing_more(fleet: Fleet) -> N
         left = [(await fleet.manager.store.get(task_id)).status for task_id in ids]
         assert left.count(TaskStatus.PENDING) > 50
         assert set(left) == {TaskStatus.PENDING, TaskStatus.SUCCESS}
+
+
+async def test_a_worker_that_is_stopped_while_the_store_is_away_ends(
+    broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with PostgresServer() as server:
+        fleet = Fleet(server.url, broker, tmp_path, monkeypatch)
+        fleet.purge()
+        fleet.manager.deliver_by(broker)
+        worker = fleet.worker()
+        try:
+            async with fleet.manager.lifespan():
+                await fleet.manager.result(await fleet.add("add_up", 1, 1), 60)
+                app = CeleryDelivery(fleet.manager, broker).app
+                server.kill()
+                for _ in range(5):
+                    app.send_task(TASK, ("default",), queue="default")
+                await asyncio.sleep(2)
+                worker.send_signal(signal.SIGTERM)
+                await asyncio.to_thread(worker.wait, 20)
+                server.start()
+        finally:
+            fleet.close()
 
 
 async def test_without_the_setting_this_process_takes_over(fleet: Fleet) -> None:
