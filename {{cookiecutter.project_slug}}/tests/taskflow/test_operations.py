@@ -35,7 +35,20 @@ from .helpers import Bench
 from .web_support import Service, make_manager, service
 
 ADA: dict[str, Any] = {"auth": ("ada", "lovelace"), "secret_key": "a key of the team"}
-ODD_NAMES = ["a/b", "pause", "x/pause", "x/resume/", "ü ?#%", "a b", "/", "'; --", "\N{PARTY POPPER}"]
+ODD_NAMES = [
+    "a/b",
+    "pause",
+    "x/pause",
+    "x/resume/",
+    "ü ?#%",
+    "a b",
+    "/",
+    "'; --",
+    "\N{PARTY POPPER}",
+    "a\nb",
+    "a",
+    "a\n",
+]
 
 
 @pytest.fixture

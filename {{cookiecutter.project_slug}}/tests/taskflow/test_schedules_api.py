@@ -15,7 +15,7 @@ from app.taskflow.testing import advance, drain
 from .web_support import Service, service
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
-ODD_NAMES = ["a/b", "pause", "x/run", "x/resume/", "ü ?#%", "a b", "/", "'; --", "\N{PARTY POPPER}"]
+ODD_NAMES = ["a/b", "pause", "x/run", "x/resume/", "ü ?#%", "a b", "/", "'; --", "\N{PARTY POPPER}", "a\n", "a"]
 FIELDS = "name func_name trigger timezone next_run last_run last_status last_task_id paused reason overlap misfire"
 
 
@@ -173,7 +173,7 @@ def test_one_offs_are_shown_soonest_first_and_cancelled_by_their_key(running: Se
     assert audit(running) == [("cancel_scheduled", later, {"run_key": "order/7"})]
 
 
-@pytest.mark.parametrize("key", ["nobody", "%00", "x" * 5_000, "a%2Fb", "%ED%A0%80", "order%2F7%20"])
+@pytest.mark.parametrize("key", ["nobody", "%00", "x" * 5_000, "a%2Fb", "%ED%A0%80", "order%2F7%20", "order%2F7%0A"])
 def test_a_key_under_which_nothing_waits_is_404(running: Service, key: str) -> None:
     running.once("remind", "ann", run_key="order/7")
     assert running.client.delete(f"/tasks/scheduled/{key}").status_code == 404

@@ -133,7 +133,7 @@ def add_history_routes(router: APIRouter, site: Site) -> None:
 
 
 def add_queue_routes(router: APIRouter, site: Site) -> None:
-    """A name may hold slashes: `{name:path}` takes all up to the last `/pause` or `/resume`, and a queue that is itself
+    """A name may hold slashes: `{name:any}` takes all up to the last `/pause` or `/resume`, and a queue that is itself
     called so is reached by saying it twice."""
     store = site.manager.store
 
@@ -142,13 +142,13 @@ def add_queue_routes(router: APIRouter, site: Site) -> None:
         return Json([records.shown(shapes.ShownQueue, state) for state in await store.queues()])
 
     @router.patch(
-        "/queues/{name:path}", response_model=shapes.ShownQueue, summary="Change limits", responses=shapes.UNKNOWN
+        "/queues/{name:any}", response_model=shapes.ShownQueue, summary="Change limits", responses=shapes.UNKNOWN
     )
     async def edit(request: Request, name: str, change: QueueEdit) -> Response:
         return Json(records.shown(shapes.ShownQueue, await store.edit_queue(name, change.changes(), actor_of(request))))
 
     @router.post(
-        "/queues/{name:path}/pause",
+        "/queues/{name:any}/pause",
         response_model=shapes.ShownQueue,
         summary="Start nothing more of a queue",
         responses=shapes.UNKNOWN,
@@ -158,7 +158,7 @@ def add_queue_routes(router: APIRouter, site: Site) -> None:
         return Json(records.shown(shapes.ShownQueue, await store.pause_queue(name, actor_of(request), reason)))
 
     @router.post(
-        "/queues/{name:path}/resume",
+        "/queues/{name:any}/resume",
         response_model=shapes.ShownQueue,
         summary="Start a queue's tasks again",
         responses=shapes.UNKNOWN,

@@ -1,7 +1,7 @@
 """The route class of the JSON API: what is wrong with a request is answered as 422, whatever the request holds.
 
-Called by the routers of `api.py` and `operations.py`. FastAPI's own answer repeats the input, and fails on what JSON
-has no word for (NaN, a lone surrogate); this one says where the problem is and what is wrong there.
+Called by the routers of `api.py`, `operations.py` and `schedules.py`. FastAPI's own answer repeats the input, and fails
+on what JSON has no word for (NaN, a lone surrogate); this one says where the problem is and what is wrong there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
@@ -20,6 +21,16 @@ from .records import Json
 
 LARGEST_BODY = 512 * 1_024
 """Bytes; more is 413, before it is read."""
+
+
+class AnyText(PathConvertor):
+    """`{name:any}`: names may hold newlines, too. Starlette's `path` ends where a line does: such a key would have no
+    route, or that of a shorter key."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("any", AnyText())
 
 
 class ApiRoute(APIRoute):

@@ -47,7 +47,7 @@ def add_schedule_routes(router: APIRouter, site: Site) -> None:
         return Json([records.schedule_row(state) for state in await schedules.states()])
 
     @router.post(
-        "/schedules/{name:path}/run",
+        "/schedules/{name:any}/run",
         response_model=shapes.ShownScheduleRun,
         summary="Run a schedule now, besides its ticks",
         responses=shapes.UNKNOWN | shapes.GONE,
@@ -57,7 +57,7 @@ def add_schedule_routes(router: APIRouter, site: Site) -> None:
         return Json(records.schedule_row(state) | {"task_id": state.last_task_id})
 
     @router.post(
-        "/schedules/{name:path}/pause",
+        "/schedules/{name:any}/pause",
         response_model=shapes.ShownSchedule,
         summary="Fire nothing more of a schedule",
         responses=shapes.UNKNOWN,
@@ -67,7 +67,7 @@ def add_schedule_routes(router: APIRouter, site: Site) -> None:
         return Json(records.schedule_row(await schedules.pause(name, actor_of(request), reason)))
 
     @router.post(
-        "/schedules/{name:path}/resume",
+        "/schedules/{name:any}/resume",
         response_model=shapes.ShownSchedule,
         summary="Fire a schedule again, from now on",
         responses=shapes.UNKNOWN,
@@ -97,7 +97,7 @@ def add_one_off_routes(router: APIRouter, site: Site) -> None:
         return Json(rows, headers={"Link": next_link(f"{site.base(request)}/scheduled", request, last, "after")})
 
     @router.delete(
-        "/scheduled/{run_key:path}",
+        "/scheduled/{run_key:any}",
         response_model=shapes.ShownCancellation,
         summary="Cancel what waits under a key",
         responses=shapes.UNKNOWN,

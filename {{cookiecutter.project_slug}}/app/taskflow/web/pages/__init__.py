@@ -26,7 +26,7 @@ def pages_router(site: Site, feed: Feed, renderer: Renderer) -> APIRouter:
     for screen in SCREENS:
         screen.add_routes(router, desk)
 
-    @router.get("/dashboard/{rest:path}")
+    @router.get("/dashboard/{rest:any}")
     async def nothing_here(rest: str) -> Response:
         raise HTTPException(404, "There is no such page.")
 
