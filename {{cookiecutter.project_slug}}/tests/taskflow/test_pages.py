@@ -137,6 +137,11 @@ def test_any_search_is_answered(full: Service, q: str) -> None:
     show(full, f"/tasks?q={q}")
 
 
+@pytest.mark.parametrize("field", ["actor", "action", "about", "since"])
+def test_an_audit_of_what_no_store_can_hold_is_a_page_that_says_so(full: Service, field: str) -> None:
+    assert "NUL" in page(full.client.get(f"/tasks/dashboard/audit?{field}=%00"), 422).text
+
+
 # -- one task
 
 

@@ -9,9 +9,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response, StreamingResponse
+from pydantic import AfterValidator
 
 from ...models import AuditFilter, EventKind, TaskEvent
 from .. import csv, records, views
+from ..api import without_nul
 from ..html import HEADERS
 from .desk import Desk
 from .queues import difference
@@ -21,7 +23,7 @@ MOST_EXPORTED = 10_000
 EXPORT_BATCH = 500
 COLUMNS = ("entry_id", "timestamp", "actor", "action", "task_id", "detail")
 
-Text = Annotated[str, Query(max_length=200)]
+Text = Annotated[str, Query(max_length=200), AfterValidator(without_nul)]
 Before = Annotated[int | None, Query(ge=0, lt=2**63)]
 
 
