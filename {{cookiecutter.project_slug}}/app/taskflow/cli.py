@@ -29,6 +29,7 @@ from .web import records
 
 MOST_LOG_LINES = 10_000
 """Of the task that is shown; as many as the API's record carries."""
+MOST_LISTED, MOST_DAYS = 1_000_000, 365_000
 LISTED = ("STATUS", "TASK", "FUNCTION", "QUEUE", "CREATED", "ATTEMPT", "SECONDS", "ERROR")
 Command = Callable[[TaskManager, argparse.Namespace], Coroutine[Any, Any, None]]
 
@@ -59,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
         required=True, metavar="COMMAND"
     )
     listing = add(tasks, "list", list_tasks, "newest first")
-    listing.add_argument("--status", action="append", type=TaskStatus, choices=list(TaskStatus), default=[])
+    listing.add_argument("--status", action="append", choices=[status.value for status in TaskStatus], default=[])
     listing.add_argument("--name", help="of the task function")
     listing.add_argument("--limit", type=positive, default=20)
     listing.add_argument("--before", help="continue below this place, as the last page said")
@@ -87,10 +88,9 @@ def add(
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return number
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_LISTED):
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 1 to {MOST_LISTED:,}")
+    return int(text)
 
 
 # -- commands
@@ -145,7 +145,7 @@ def tell_progress(name: str, rows: int) -> None:
 
 
 async def list_tasks(manager: TaskManager, options: argparse.Namespace) -> None:
-    where = TaskFilter(statuses=tuple(options.status), func_name=options.name)
+    where = TaskFilter(statuses=tuple(map(TaskStatus, options.status)), func_name=options.name)
     try:
         before = Cursor.parse(options.before) if options.before else None
     except ValueError as error:
@@ -188,8 +188,8 @@ async def cancel_task(manager: TaskManager, options: argparse.Namespace) -> None
 
 
 async def purge_tasks(manager: TaskManager, options: argparse.Namespace) -> None:
-    if options.days < 0:
-        raise TaskflowError(f"--days {options.days:g}: must be 0 or more")
+    if not 0 <= options.days <= MOST_DAYS:
+        raise TaskflowError(f"--days {options.days:g}: must be from 0 to {MOST_DAYS:,}")
     async with commanding(manager):
         deleted = await manager.store.delete_history(manager.clock() - timedelta(days=options.days), operator())
     print(f"deleted {deleted} tasks")

@@ -424,7 +424,10 @@ def test_a_purge_deletes_what_ended_long_ago_and_is_audited(terminal: Terminal) 
         (("tasks", "retry", "nothing"), "no task has the id 'nothing'"),
         (("tasks", "cancel", "nothing"), "no task has the id 'nothing'"),
         (("tasks", "list", "--before", "nonsense"), "before='nonsense': not a cursor of this list"),
-        (("tasks", "purge", "--days", "-1"), "--days -1: must be 0 or more"),
+        (("tasks", "purge", "--days", "-1"), "--days -1: must be from 0 to 365,000"),
+        (("tasks", "purge", "--days", "nan"), "--days nan: must be from 0 to 365,000"),
+        (("tasks", "purge", "--days", "inf"), "--days inf: must be from 0 to 365,000"),
+        (("tasks", "purge", "--days", "1000000"), "--days 1e+06: must be from 0 to 365,000"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -443,24 +446,28 @@ def test_a_task_that_succeeded_is_neither_retried_nor_cancelled(terminal: Termin
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "reason"),
     [
-        (),
-        ("tasks",),
-        ("dance",),
-        ("tasks", "list", "--limit", "0"),
-        ("tasks", "list", "--status", "odd"),
-        ("migrate", "--from", "sqlite:///tasks.db"),
-        ("migrate", "--to", "sqlite:///tasks.db"),
+        ((), "required: COMMAND"),
+        (("tasks",), "required: COMMAND"),
+        (("dance",), "invalid choice: 'dance'"),
+        (("tasks", "list", "--limit", "0"), "0: must be a whole number from 1 to 1,000,000"),
+        (("tasks", "list", "--limit", "many"), "many: must be a whole number from 1 to 1,000,000"),
+        (("tasks", "list", "--limit", "9" * 20), f"{'9' * 20}: must be a whole number from 1 to 1,000,000"),
+        (("tasks", "list", "--status", "odd"), "invalid choice: 'odd' (choose from"),
+        (("migrate", "--from", "sqlite:///tasks.db"), "--from and --to belong together"),
+        (("migrate", "--to", "sqlite:///tasks.db"), "--from and --to belong together"),
     ],
 )
 def test_a_command_that_is_none_is_refused_with_code_2(
-    terminal: Terminal, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    terminal: Terminal, words: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         terminal.run(*words)
     assert ended.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "usage:" in said
+    assert reason in said
 
 
 def test_a_database_that_is_away_is_said_so_and_no_traceback(terminal: Terminal, tmp_path: Path) -> None:
