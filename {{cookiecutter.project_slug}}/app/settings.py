@@ -7,7 +7,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="TASKFLOW_", env_file=".env", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="TASKFLOW_",
+        env_file=".env",
+        env_ignore_empty=True,  # an empty URL would be a database that nobody finds again
+        hide_input_in_errors=True,  # which may be a password
+        extra="ignore",
+    )
 
     url: str = "sqlite:///tasks.db"
     """Where tasks are stored."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from traceback import format_exception
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ WRONG: dict[str, Callable[[TaskManager], object]] = {
     "queue": lambda _: QueueConfig(concurrency=0),
     "url": lambda _: TaskManager(snapshot_db="mongodb://here/db"),
     "no url": lambda _: TaskManager(snapshot_db="sqlite://["),
+    "an empty url": lambda _: TaskManager(snapshot_db=""),
     "key": lambda _: TaskManager(encrypt_args_key="short"),
     "observer": lambda _: TaskManager(loggers=[object()]),
     "log level": lambda _: StdoutLogger(min_level="loud"),
@@ -95,6 +97,16 @@ def test_errors_are_what_python_would_have_raised_too() -> None:
 def test_a_near_miss_of_a_url_is_told_what_to_write(url: str, instead: str) -> None:
     with pytest.raises(TaskDefinitionError, match=f"write {instead}$"):
         TaskManager(snapshot_db=url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://:hunter2@host:port/0", "postgresql://ada:hunter2@host:54x2/db", "postgresql://ada:x@hunter:2@host/db"],
+)
+def test_a_url_that_is_none_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(TaskDefinitionError, match=r"://\*\*\*@host.*: not a URL such as") as refused:
+        TaskManager(snapshot_db=url)
+    assert "hunter" not in "".join(format_exception(refused.value))
 
 
 def timed(function: Any) -> Any:

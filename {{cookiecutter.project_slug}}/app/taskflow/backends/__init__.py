@@ -6,6 +6,7 @@ Each implementation is imported only when its scheme is asked for, so that only 
 from __future__ import annotations
 
 import os
+import re
 from importlib import import_module
 
 from sqlalchemy.engine import URL, make_url
@@ -49,7 +50,7 @@ def open_backend(location: str | None) -> Backend:
 def parse_location(location: str | None) -> URL:
     if location is None:
         return URL.create("sqlite")
-    if not isinstance(location, str | os.PathLike):
+    if not isinstance(location, str | os.PathLike) or not os.fspath(location):
         raise TaskDefinitionError(f"{location!r}: must be a file path or a URL such as sqlite:///tasks.db")
     location = os.fspath(location)
     if "://" not in location:
@@ -57,8 +58,11 @@ def parse_location(location: str | None) -> URL:
         return URL.create("sqlite", database=location)
     try:
         url = make_url(location)
-    except (ArgumentError, ValueError) as error:
-        raise TaskDefinitionError(f"{location!r}: not a database URL ({error})") from error
+    except (ArgumentError, ValueError):  # which may quote a part of the password
+        shown = re.sub("(?<=://).*@", "***@", location)
+        raise TaskDefinitionError(
+            f"{shown!r}: not a URL such as postgresql://user:password@host:5432/name, with %40 for an @ in the password"
+        ) from None
     if url.drivername == "postgres":  # as hosting services write it
         url = url.set(drivername="postgresql")
     scheme, plus, _ = url.drivername.partition("+")
