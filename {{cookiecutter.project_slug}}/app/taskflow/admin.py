@@ -24,6 +24,7 @@ from starlette.types import Scope
 from .errors import TaskDefinitionError
 from .host import install_error_handlers
 from .manager import TaskManager
+from .models import MOST_DAYS, is_finite, require
 from .web.api import api_router
 from .web.auth import Auth, Gate, Sessions, auth_backend
 from .web.html import Renderer, assets_router
@@ -152,12 +153,12 @@ class TaskAdmin:
     ) -> None:
         """Raises TaskDefinitionError where a setting cannot be, or is not safe in production."""
         check_path(path)
-        check_positive("token_expiry", token_expiry)
-        check_positive("poll_interval", poll_interval)
+        check_amount("token_expiry", token_expiry, MOST_DAYS * 86_400)
+        check_amount("poll_interval", poll_interval, MOST_DAYS * 86_400)
         backend = auth_backend(auth)
         check_environment(environment, logs_in=backend is not None, secret_key=secret_key)
         if retention_days is not None:
-            check_positive("retention_days", retention_days)
+            check_amount("retention_days", retention_days, MOST_DAYS)
             task_manager.retention_days = retention_days
         task_manager.injector.app = app
         self.task_manager = task_manager
@@ -212,15 +213,14 @@ def checked_redaction(names: Iterable[str]) -> Redaction:
 
 
 def check_path(path: str) -> None:
-    if not re.fullmatch(r"(/[^/{}?#\s]+)+", path):
+    if not isinstance(path, str) or not re.fullmatch(r"(/[^/{}?#\s]+)+", path):
         raise TaskDefinitionError(
             f"path={path!r}: must start with a slash, not end with one, and hold no braces, ? or #"
         )
 
 
-def check_positive(setting: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise TaskDefinitionError(f"{setting}={value!r}: must be above 0")
+def check_amount(setting: str, value: float, most: float) -> None:
+    require(is_finite(value) and 0 < value <= most, setting, value, f"above 0 and at most {most:,}")
 
 
 def check_environment(environment: str, *, logs_in: bool, secret_key: str | None) -> None:

@@ -24,12 +24,12 @@ from .backends import open_backend
 from .copying import copy
 from .errors import TaskflowError
 from .manager import START_TIMEOUT, TaskManager
-from .models import Cursor, LogEntry, TaskEvent, TaskFilter, TaskRecord, TaskStatus, utc_now
+from .models import MOST_DAYS, Cursor, LogEntry, TaskEvent, TaskFilter, TaskRecord, TaskStatus, utc_now
 from .web import records
 
 MOST_LOG_LINES = 10_000
 """Of the task that is shown; as many as the API's record carries."""
-MOST_LISTED, MOST_DAYS = 1_000_000, 365_000
+MOST_LISTED = 1_000_000
 LISTED = ("STATUS", "TASK", "FUNCTION", "QUEUE", "CREATED", "ATTEMPT", "SECONDS", "ERROR")
 Command = Callable[[TaskManager, argparse.Namespace], Coroutine[Any, Any, None]]
 

@@ -41,6 +41,7 @@ from .loggers import FileLogger
 from .models import (
     DEFAULT_QUEUE,
     LEASE_SECONDS,
+    MOST_DAYS,
     ExecutorKind,
     QueueConfig,
     RetryOn,
@@ -122,9 +123,20 @@ class TaskManager:
             ("shutdown_timeout", shutdown_timeout),
             ("process_shutdown_timeout", process_shutdown_timeout),
             ("snapshot_interval", snapshot_interval),
-            ("retention_days", 0 if retention_days is None else retention_days),
         ):
             require(is_finite(seconds) and seconds >= 0, option, seconds, "a finite number, 0 or more")
+        require(
+            retention_days is None or (is_finite(retention_days) and 0 <= retention_days <= MOST_DAYS),
+            "retention_days",
+            retention_days,
+            f"None or a number from 0 to {MOST_DAYS:,}",
+        )
+        for option, flag in (
+            ("log_lifecycle", log_lifecycle),
+            ("requeue_pending", requeue_pending),
+            ("retry_replaces_original", retry_replaces_original),
+        ):
+            require(isinstance(flag, bool), option, flag, "True or False")
         self.snapshot_interval = snapshot_interval
         self.shutdown_timeout = shutdown_timeout
         self.registry = TaskRegistry()

@@ -25,6 +25,8 @@ LAST_MICROS = 253_402_128_000_000_000
 DEFAULT_QUEUE = "default"
 LEASE_SECONDS = 30.0
 """How long an instance that does not beat is taken for alive."""
+MOST_DAYS = 365_000
+"""Far from where the calendar begins and ends."""
 MOST_RETRIES = 1_000_000
 
 

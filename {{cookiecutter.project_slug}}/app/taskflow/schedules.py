@@ -49,6 +49,11 @@ class Plan:
     def __post_init__(self) -> None:
         if not isinstance(self.args, list | tuple):
             raise BadSchedule("args", self.args, "must be a tuple or a list of the function's arguments")
+        if not isinstance(self.kwargs, Mapping | None):
+            raise BadSchedule("kwargs", self.kwargs, "must be a dict of the function's arguments")
+        for option, flag in (("overlap", self.overlap), ("run_on_startup", self.run_on_startup)):
+            if not isinstance(flag, bool):
+                raise BadSchedule(option, flag, "must be True or False")
 
 
 @dataclass(frozen=True, slots=True)
