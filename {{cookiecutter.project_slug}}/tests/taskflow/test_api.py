@@ -281,6 +281,12 @@ def test_metrics_count_every_status(running: Service) -> None:
     ("accept", "text"),
     [
         ("text/plain", True),
+        ("text/*", True),
+        ("application/json;q=0.5, text/plain", True),
+        ("text/plain;q=0.1, application/json; q=0.9", False),
+        ("text/plain;q=0, application/json", False),
+        ("text/plain;q=0", False),
+        ("application/*, text/plain", False),
         ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1", True),
         ("application/json", False),
         ("*/*", False),

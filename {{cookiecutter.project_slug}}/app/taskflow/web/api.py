@@ -26,6 +26,7 @@ from .site import Site
 from .views import parse_moment
 
 TASK_ID = re.compile(r"[0-9A-Za-z_.:-]{1,128}")
+QUALITY = re.compile(r";\s*q=([01](?:\.\d*)?)")
 MOST_LOG_LINES = 10_000
 """Log lines that a single record carries; `/logs?after=` pages through all."""
 
@@ -202,11 +203,16 @@ def next_link(base: str, request: Request, place: Cursor | str, parameter: str =
 
 
 def wants_text(accept: str) -> bool:
-    """Whether plain text is asked for before JSON, as Prometheus does."""
-    for part in accept.lower().split(","):
+    """Whether plain text is asked for rather than JSON, as Prometheus does; of equals the first counts."""
+    for part in sorted(accept.lower().split(","), key=quality, reverse=True):
         kind = part.partition(";")[0].strip()
-        if kind in ("text/plain", "application/openmetrics-text"):
+        if quality(part) > 0 and kind in ("text/plain", "text/*", "application/openmetrics-text"):
             return True
-        if kind in ("application/json", "*/*"):
+        if kind in ("application/json", "application/*", "*/*"):
             return False
     return False
+
+
+def quality(part: str) -> float:
+    found = QUALITY.search(part)
+    return float(found[1]) if found else 1.0
