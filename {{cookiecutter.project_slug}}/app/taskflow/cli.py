@@ -25,6 +25,7 @@ from .copying import copy
 from .errors import TaskflowError
 from .manager import START_TIMEOUT, TaskManager
 from .models import MOST_DAYS, Cursor, LogEntry, TaskEvent, TaskFilter, TaskRecord, TaskStatus, utc_now
+from .texts import clean
 from .web import records
 
 MOST_LOG_LINES = 10_000
@@ -61,9 +62,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     listing = add(tasks, "list", list_tasks, "newest first")
     listing.add_argument("--status", action="append", choices=[status.value for status in TaskStatus], default=[])
-    listing.add_argument("--name", help="of the task function")
+    listing.add_argument("--name", type=readable, help="of the task function")
     listing.add_argument("--limit", type=positive, default=20)
-    listing.add_argument("--before", help="continue below this place, as the last page said")
+    listing.add_argument("--before", type=readable, help="continue below this place, as the last page said")
     listing.add_argument("--json", action="store_true", help="the API's records, as one JSON array")
     for name, command, text in (
         ("show", show_task, "one task with its history and its log"),
@@ -91,6 +92,13 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_LISTED):
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 1 to {MOST_LISTED:,}")
     return int(text)
+
+
+def readable(text: str) -> str:
+    """Bytes that are no text in this terminal's encoding arrive as halves of surrogate pairs, which no store takes."""
+    if clean(text) != text:
+        raise argparse.ArgumentTypeError(f"{clean(text)}: must be UTF-8")
+    return text
 
 
 # -- commands

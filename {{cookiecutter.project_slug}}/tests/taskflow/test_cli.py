@@ -455,6 +455,8 @@ def test_a_task_that_succeeded_is_neither_retried_nor_cancelled(terminal: Termin
         (("tasks", "list", "--limit", "many"), "many: must be a whole number from 1 to 1,000,000"),
         (("tasks", "list", "--limit", "9" * 20), f"{'9' * 20}: must be a whole number from 1 to 1,000,000"),
         (("tasks", "list", "--status", "odd"), "invalid choice: 'odd' (choose from"),
+        (("tasks", "list", "--name", "\udcff"), "argument --name: ?: must be UTF-8"),
+        (("tasks", "list", "--before", "1_\udcff"), "argument --before: 1_?: must be UTF-8"),
         (("migrate", "--from", "sqlite:///tasks.db"), "--from and --to belong together"),
         (("migrate", "--to", "sqlite:///tasks.db"), "--from and --to belong together"),
     ],
