@@ -171,6 +171,21 @@ async def test_a_log_that_began_anew_starts_pages_anew(log: Log, feed: Feed) -> 
     assert (news.seq, news.more) == (0, True)
 
 
+async def test_a_store_that_does_not_answer_keeps_no_stream_beyond_its_deadline(
+    log: Log, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cursor = await feed.head()
+    log.happens("a")
+    with monkeypatch.context() as silent:
+        silent.setattr(log, "events_after", lambda *_: asyncio.sleep(10))
+        began = monotonic()
+        assert await feed.next(cursor, began + 0.2) is None
+        assert monotonic() - began < 2
+    news = await feed.next(cursor, soon())
+    assert news is not None
+    assert news.ids == ["a"]
+
+
 async def test_a_backend_that_is_away_is_silence_until_it_is_back(log: Log, feed: Feed) -> None:
     cursor = await feed.head()
     log.away = True

@@ -14,6 +14,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Annotated
@@ -79,21 +80,21 @@ class Feed:
 
     async def next(self, cursor: int, deadline: float) -> News | None:
         """What happened after `cursor`, as soon as something has; None at the monotonic `deadline`."""
-        while (left := deadline - monotonic()) > 0:
-            announced = self._announced
-            try:
-                await self._look()
-            except BackendUnavailable:
-                pass  # the page says so itself when it asks; here the next look may succeed
-            else:
-                if (news := self._since(cursor)) is not None:
-                    return news
-            try:
-                async with asyncio.timeout(min(left, POLL_INTERVAL)):
-                    await announced.wait()
-                    await asyncio.sleep(GATHERING)
-            except TimeoutError:
-                continue
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline - monotonic()):  # a store that is silent keeps no stream
+                while True:
+                    announced = self._announced
+                    try:
+                        await self._look()
+                    except BackendUnavailable:
+                        pass  # the page says so itself when it asks; here the next look may succeed
+                    else:
+                        if (news := self._since(cursor)) is not None:
+                            return news
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(POLL_INTERVAL):
+                            await announced.wait()
+                            await asyncio.sleep(GATHERING)
         return None
 
     def _announce(self, _finishes: Sequence[Finish], _result: TurnResult) -> None:
