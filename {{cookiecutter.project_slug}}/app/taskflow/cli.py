@@ -11,6 +11,7 @@ import asyncio
 import getpass
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -36,16 +37,22 @@ Command = Callable[[TaskManager, argparse.Namespace], Coroutine[Any, Any, None]]
 
 
 def main(manager: TaskManager, arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 1 with the reason on standard error."""
+    """The exit code: 0, 1 with the reason on standard error, 130 when it was interrupted."""
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal or a pipe whose encoding lacks what a text has
         sys.stdout.reconfigure(errors="replace")
     options = make_parser().parse_args(arguments)
     command: Command = options.command
     try:
         asyncio.run(command(manager, options))
+        sys.stdout.flush()
     except TaskflowError as error:
         print(error, file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has; Python would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
-from app.taskflow import BackendUnavailable, TaskManager
+from app.taskflow import BackendUnavailable, TaskManager, cli
 from app.taskflow.backends.tables import SCHEMA_VERSION
 from app.taskflow.cli import LISTED, main
 from app.taskflow.testing import drain
@@ -470,6 +470,24 @@ def test_a_command_that_is_none_is_refused_with_code_2(
     said = capsys.readouterr().err
     assert "usage:" in said
     assert reason in said
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(terminal: Terminal) -> None:
+    terminal.add("greet", "ann")
+    with terminal.start("tasks", "list") as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        program.stdout.close()
+        assert program.stderr.read() == ""
+    assert program.returncode == 1
+
+
+def test_an_interrupted_command_ends_without_a_word(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_manager: TaskManager) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "reading", interrupt)
+    assert terminal.run("tasks", "list") == (130, "", "")
 
 
 def test_a_database_that_is_away_is_said_so_and_no_traceback(terminal: Terminal, tmp_path: Path) -> None:
