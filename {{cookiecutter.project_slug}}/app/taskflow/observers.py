@@ -251,7 +251,7 @@ class Channel:
             if is_cancelled():
                 raise
             self._report(name, error)  # the observer's own: it must not end this loop
-        except Exception as error:  # noqa: BLE001 - around an observer: its failure is its own
+        except BaseException as error:  # noqa: BLE001 - around an observer: its failure is its own, an exit too
             self._report(name, TimeoutError(f"did not end within {seconds:g} s") if limit.expired() else error)
         if self._stopping and is_cancelled():  # the observer swallowed the end of its loop
             raise asyncio.CancelledError
@@ -301,7 +301,7 @@ class InOrder:
     """
 
     def __init__(self) -> None:
-        self._last: asyncio.Future[tuple[object, Exception | None]] | None = None
+        self._last: asyncio.Future[tuple[object, BaseException | None]] | None = None
 
     async def run(self, function: Callable[..., object], *args: object) -> object:
         loop = asyncio.get_running_loop()
@@ -318,14 +318,14 @@ class InOrder:
 
 def run_and_tell(
     loop: asyncio.AbstractEventLoop,
-    done: asyncio.Future[tuple[object, Exception | None]],
+    done: asyncio.Future[tuple[object, BaseException | None]],
     function: Callable[..., object],
     *args: object,
 ) -> None:
     value, failure = None, None
     try:
         value = function(*args)
-    except Exception as error:  # noqa: BLE001 - around an observer: raised where it is awaited
+    except BaseException as error:  # noqa: BLE001 - around an observer: raised where it is awaited
         failure = error
     with contextlib.suppress(RuntimeError):  # the event loop is gone, and who waited with it
         loop.call_soon_threadsafe(done.set_result, (value, failure))

@@ -420,6 +420,33 @@ async def test_what_an_observer_raises_is_logged_once_with_its_traceback_and_the
     assert last == "observer Raising: 5 failures"
 
 
+@pytest.mark.parametrize("exit_", [SystemExit, KeyboardInterrupt])
+async def test_an_observer_that_exits_ends_neither_itself_nor_the_service(exit_: type[BaseException]) -> None:
+    seen: list[str] = []
+
+    class Waiting(TaskObserver):
+        async def on_log(self, event: LogEvent) -> None:
+            seen.append(event.message)
+            raise exit_
+
+    class Plain:
+        def on_log(self, event: LogEvent) -> None:
+            seen.append(event.message)
+            raise exit_
+
+    class Hidden:
+        def on_log(self, event: LogEvent) -> Any:
+            return Waiting().on_log(event)
+
+    for observer in (Waiting(), Plain(), Hidden()):
+        seen.clear()
+        with deadline(PATIENCE):
+            async with running_chain(observer) as chain:
+                chain.logged([make_line(1), make_line(2)])
+                await chain.delivered()
+        assert len(seen) == 2
+
+
 async def test_an_observer_that_cancels_itself_is_told_the_next_event() -> None:
     seen: list[str] = []
 
