@@ -228,7 +228,11 @@ class Dispatcher:
             await self._work(running)
 
     async def _work(self, running: Running) -> None:
-        self._ended(running, await self._runner.run(running.attempt))
+        try:
+            finish = await self._runner.run(running.attempt)
+        except BaseException as error:  # noqa: BLE001 - a GeneratorExit out of a future closes the runner's coroutine
+            finish = self._runner.broken(running.attempt, error)
+        self._ended(running, finish)
 
     def _hand_over(
         self,

@@ -156,10 +156,21 @@ def done_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any]) -> 
     """What the event loop makes of it, in the context of the calling thread, which waits."""
     context = contextvars.copy_context()
 
-    async def within() -> Any:
-        return await loop.create_task(work, context=context)
+    async def within() -> tuple[Any, BaseException | None]:
+        return await loop.create_task(told(work), context=context)
 
-    return asyncio.run_coroutine_threadsafe(within(), loop).result()
+    value, error = asyncio.run_coroutine_threadsafe(within(), loop).result()
+    if error is not None:
+        raise error
+    return value
+
+
+async def told(work: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | None]:
+    """What it gave, or what it raised: an exit that left an asyncio task would end the event loop."""
+    try:
+        return await work, None
+    except BaseException as error:  # noqa: BLE001 - user code: raised where it was called
+        return None, error
 
 
 def is_awaitable(value: object) -> bool:

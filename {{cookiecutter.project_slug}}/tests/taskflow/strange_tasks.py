@@ -312,8 +312,21 @@ async def on_the_loop_with_dependencies(name: str, _nothing: Annotated[None, Dep
     return make(name)
 
 
+async def out_of_a_future(name: str) -> Any:
+    future = asyncio.get_running_loop().create_future()
+    try:
+        future.set_result(make(name))
+    except BaseException as error:  # noqa: BLE001
+        future.set_exception(error)
+    return await future
+
+
 def in_a_thread(name: str) -> Any:
     return make(name)
+
+
+def by_a_coroutine_of_a_thread(name: str) -> Any:
+    return on_the_loop(name)
 
 
 def in_a_thread_with_a_timeout(name: str) -> Any:

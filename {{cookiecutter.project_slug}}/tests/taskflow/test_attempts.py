@@ -25,7 +25,9 @@ START = 60.0
 WAYS: Mapping[Callable[..., Any], Mapping[str, Any]] = {
     strange.on_the_loop: {},
     strange.on_the_loop_with_dependencies: {"timeout": START},
+    strange.out_of_a_future: {},
     strange.in_a_thread: {},
+    strange.by_a_coroutine_of_a_thread: {},
     strange.in_a_thread_with_a_timeout: {"timeout": START},
     strange.in_a_process: {"executor": "process"},
 }
