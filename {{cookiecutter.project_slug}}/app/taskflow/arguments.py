@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
 from pydantic_core.core_schema import ArgumentsParameter
 
@@ -33,7 +33,7 @@ class Arguments:
     def __init__(self, name: str, function: Callable[..., Any], dependencies: Dependencies | None = None) -> None:
         self._name = name
         self._injected = dependencies.names if dependencies else frozenset[str]()
-        self._signature = dependencies.arguments if dependencies else inspect.signature(function)
+        self._signature = dependencies.arguments if dependencies else signature_of(function)
         taker = taker_of(function, dependencies)
         adapter = adapter_of(function, taker)
         self._check = adapter.validator.validate_python
@@ -88,6 +88,9 @@ class Arguments:
             found, named = self._check(ArgsKwargs(args, dict(kwargs) if kwargs else None))
         except ValidationError as error:
             raise self._refusal(error) from error
+        except Exception as error:  # user code: a validator that does not expect the value
+            rule = f"its validation raised {type(error).__name__}: {text_of(error)}"
+            raise TaskArgumentError(self._name, "", (args, kwargs), rule) from error
         # What the caller left out stays out: a default is the function's own, and need not be storable.
         if not self._renames:
             return found[: len(args)], {name: named[name] for name in kwargs}
@@ -130,6 +133,13 @@ def rule_of(error: Exception) -> str:
 # -- what pydantic makes of a signature
 
 
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except Exception as error:  # some that are written in C have none; annotations are user code
+        raise TaskDefinitionError(f"{where(function)} has no signature to check arguments against ({error})") from error
+
+
 def taker_of(function: Callable[..., Any], dependencies: Dependencies | None) -> Callable[..., Call]:
     """A function of the same signature that returns its arguments."""
     injected = dependencies.names if dependencies else frozenset[str]()
@@ -155,7 +165,7 @@ def hinted(function: Any) -> Any:
 def adapter_of(function: Callable[..., Any], taker: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(taker, config=ConfigDict(arbitrary_types_allowed=True))
-    except (PydanticUserError, NameError) as error:
+    except Exception as error:  # what annotations do when they are looked at is user code
         raise TaskDefinitionError(f"{where(function)}: its annotations cannot be checked ({error})") from error
 
 

@@ -126,7 +126,7 @@ def dependencies_of(function: Callable[..., Any]) -> Dependencies | None:
     """
     try:
         typed = get_typed_signature(function)
-    except (TypeError, ValueError):  # a callable without a signature: the argument check says so
+    except Exception:  # noqa: BLE001 - no signature, or annotations that raise: the argument check says so
         return None
     found = [parameter for parameter in typed.parameters.values() if is_dependency(parameter)]
     if not found:

@@ -11,11 +11,12 @@ import textwrap
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from fastapi import BackgroundTasks, FastAPI
 from fastapi.testclient import TestClient
+from pydantic import Field
 
 from app.taskflow import TaskAdmin, TaskDefinitionError, TaskManager, TaskStatus
 from app.taskflow.errors import UnknownFunction
@@ -98,6 +99,18 @@ async def more_numbers() -> AsyncIterator[int]:
     yield 1
 
 
+def annotated_in_words(word: "the word to be said") -> str:  # type: ignore[valid-type]  # noqa: F722
+    return plain(word)
+
+
+def annotated_for_readers(word: "functools.Nothing") -> str:  # type: ignore[name-defined]
+    return plain(word)
+
+
+def annotated_against_pydantic(word: Annotated[str, Field(multiple_of=5)]) -> str:
+    return plain(word)
+
+
 UNDECORATED: dict[str, tuple[Callable[..., Any], list[Any], str]] = {
     "a function": (plain, ["one"], "one"),
     "a coroutine function": (waiting, ["one"], "one"),
@@ -111,6 +124,9 @@ UNDECORATED: dict[str, tuple[Callable[..., Any], list[Any], str]] = {
     "one behind a wrapper without a name": (unnamed(waiting), ["one"], "one"),
     "a function that returns a coroutine": (later, [], "later"),
     "what cannot be stored": (takes_anything, [Unstorable()], "Unstorable"),
+    "a function with a description for an annotation": (annotated_in_words, ["one"], "one"),
+    "a function whose annotation nobody can resolve": (annotated_for_readers, ["one"], "one"),
+    "a function whose annotation cannot be checked": (annotated_against_pydantic, ["one"], "one"),
     "a built-in": (RAN.append, ["one"], "one"),
 }
 

@@ -31,6 +31,13 @@ async def coroutine() -> None: ...
 def needs_a_class_nobody_knows(value: "Nobody") -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
 
+def annotated_by(annotation: object) -> Callable[..., None]:
+    def job(value: Any) -> None: ...
+
+    job.__annotations__ = {"value": annotation}
+    return job
+
+
 @pytest.fixture
 def manager() -> TaskManager:
     return TaskManager()
@@ -44,6 +51,11 @@ WRONG: dict[str, Callable[[TaskManager], object]] = {
     "executor of a coroutine": lambda manager: manager.task(executor="thread")(coroutine),
     "executor of a local function": lambda manager: manager.task(executor="process")(lambda: None),
     "annotations": lambda manager: manager.task(needs_a_class_nobody_knows),
+    "annotations in words": lambda manager: manager.task(annotated_by("the name of a file")),
+    "annotations of what a module does not have": lambda manager: manager.task(annotated_by("functools.nothing")),
+    "annotations that raise": lambda manager: manager.task(annotated_by("1 / 0")),
+    "no signature": lambda manager: manager.task(max),
+    "a partial that cannot be called": lambda manager: manager.task(name="p")(functools.partial(job, 1)),  # type: ignore[call-arg]
     "every and cron": lambda manager: manager.schedule(every=5, cron="* * * * *"),
     "timezone": lambda manager: manager.schedule(cron="* * * * *", timezone="Nowhere/At_All"),
     "misfire": lambda manager: manager.schedule(every=5, misfire="never"),  # type: ignore[arg-type]

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pytest
+from pydantic import BeforeValidator
 
 from app.taskflow import TaskArgumentError, TaskflowError, TaskManager
 from app.taskflow.errors import UnknownFunction
@@ -171,6 +172,14 @@ def test_a_long_value_is_shortened_in_the_message(registry: TaskRegistry) -> Non
     with pytest.raises(TaskArgumentError) as refused:
         registry.add(job, TaskConfig()).encode(("x" * 10_000,), {})
     assert len(str(refused.value)) < 400
+
+
+def named(name: Annotated[str, BeforeValidator(lambda name: name.strip())]) -> None: ...
+
+
+def test_a_validator_that_does_not_expect_the_value_is_an_argument_error(registry: TaskRegistry) -> None:
+    with pytest.raises(TaskArgumentError, match="its validation raised AttributeError: 'int' object has no"):
+        registry.add(named, TaskConfig()).encode((5,), {})
 
 
 def deep(order: dict[str, list[int]]) -> None: ...
