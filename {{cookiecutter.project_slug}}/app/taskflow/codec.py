@@ -203,9 +203,9 @@ def rich_to_json(value: object, where: str, depth: int, objects: Objects | None 
     for kind, tag in TAGS.items():  # subclasses: a PosixPath is a Path, a StrictInt an int
         if isinstance(value, kind):
             return {tag.name: tag.write(value, where, depth, objects)}
-    for plain in (bool, int, float, str):
+    for plain, exact in EXACT.items():
         if isinstance(value, plain):
-            return to_json(plain(value), where, depth)
+            return to_json(exact(value), where, depth)
     if isinstance(value, VALIDATED):
         return to_json(list(value), where, depth, objects)
     if isinstance(value, list | Mapping):
@@ -302,6 +302,8 @@ def read_moment(kind: type[datetime] | type[time]) -> Callable[[Any], Any]:
     return read
 
 
+EXACT: Mapping[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
+"""A plain value of a subclass's instance, whatever that class makes of `str()` and the like."""
 VALIDATED = type(pydantic.TypeAdapter(Iterable[Any]).validate_python(()))
 """What pydantic makes of an argument that is annotated as Iterable: it validates each item when it is asked for it."""
 LIBRARY: dict[type, str] = {

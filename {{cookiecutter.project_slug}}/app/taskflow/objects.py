@@ -27,7 +27,7 @@ from pydantic_core import PydanticUndefined
 from typing_extensions import TypeAliasType, get_type_hints, is_typeddict
 
 from . import codec
-from .codec import LIBRARY, PLAIN, SECRETS, CannotStore, Write
+from .codec import EXACT, LIBRARY, PLAIN, SECRETS, CannotStore, Write
 
 UNTOLD = frozenset(("metadata", "serialization", "default", "default_factory", "function"))
 """Parts of a pydantic schema that name no class of a value."""
@@ -475,10 +475,6 @@ def plain_of(base: Any, value: Any) -> Any:
     if issubclass(base, dict):
         return dict(value)
     return [*value] if base is deque else EXACT.get(base, base)(value)
-
-
-EXACT: Mapping[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
-"""A plain value of a subclass's instance, whatever that class makes of `str()` and the like."""
 
 
 def make_variant(kind: Any, value: Any, attributes: Mapping[str, Any] | None = None, factory: str = "") -> Any:

@@ -122,20 +122,25 @@ def checked_text(text: str, longest: int, shortest: int = 1) -> str:
     return text
 
 
+def exact(value: object) -> str:
+    """Its text; of a text of a class of its own the letters, whatever that class makes of `str()`."""
+    return str.__str__(value) if isinstance(value, str) else str(value)
+
+
 def key_text(key: object) -> str:
     """A key as it is stored. Raises ValueError with the rule that it breaks."""
     if isinstance(key, Enum):
         key = key.value
     if isinstance(key, bool) or not isinstance(key, str | int | UUID):
         raise ValueError("must be a string, an int or a UUID")
-    return checked_text(str(key), LONGEST_KEY)
+    return checked_text(exact(key), LONGEST_KEY)
 
 
 def name_text(name: object) -> str:
     """The name of a task or a queue. Raises ValueError with the rule that it breaks."""
     if not isinstance(name, str):
         raise ValueError("must be a string")
-    return checked_text(name, LONGEST_NAME)
+    return checked_text(exact(name), LONGEST_NAME)
 
 
 def tag_texts(tags: object) -> dict[str, str]:
@@ -153,6 +158,6 @@ def tag_text(part: object, what: str, shortest: int) -> str:
     if not isinstance(part, str | int | float | Decimal | UUID):
         raise ValueError(f"{what}: must be a string, a number, a bool, an enum or a UUID, not {type(part).__name__}")
     try:
-        return checked_text(str(part), LONGEST_NAME, shortest)
+        return checked_text(exact(part), LONGEST_NAME, shortest)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None

@@ -206,6 +206,28 @@ def test_the_two_half_past_ones_of_a_long_night_stay_two_moments() -> None:
 # -- values that come back plain, unless the annotation says their type
 
 
+class Itself(str):
+    """As template engines mark text that is safe."""
+
+    def __str__(self) -> str:
+        return self
+
+
+class Other(str):
+    def __str__(self) -> str:
+        return "other"
+
+
+class Seven(int):
+    def __int__(self) -> int:
+        return 7
+
+
+class Half(float):
+    def __float__(self) -> float:
+        return 0.5
+
+
 @pytest.mark.parametrize(
     ("value", "plain"),
     [
@@ -220,6 +242,11 @@ def test_the_two_half_past_ones_of_a_long_night_stay_two_moments() -> None:
         (Pair(1, [2]), (1, [2])),
         (OrderedDict(a=1), {"a": 1}),
         (PurePosixPath("/a"), Path("/a")),
+        (Itself("a"), "a"),
+        ([{"a": Itself("b")}], [{"a": "b"}]),
+        (Other("a"), "a"),
+        (Seven(1), 1),
+        (Half(1.5), 1.5),
     ],
     ids=repr,
 )

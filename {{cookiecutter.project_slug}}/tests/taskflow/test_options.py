@@ -149,6 +149,18 @@ async def test_what_is_plainly_meant_is_taken(start_manager: StartManager) -> No
     assert await manager.cancel_scheduled(key)  # type: ignore[arg-type]
 
 
+async def test_a_text_of_a_class_of_its_own_is_its_letters(start_manager: StartManager) -> None:
+    class Other(str):
+        def __str__(self) -> str:
+            return "other"
+
+    manager = await start_manager(define)
+    word = Other("word")
+    record = await manager.store.get(await manager.enqueue(job(manager), idempotency_key=word, tags={word: word}))
+    assert (record.idempotency_key, record.tags) == ("word", {"word": "word"})
+    assert type(record.idempotency_key) is str
+
+
 def test_a_client_that_brings_a_bad_option_gets_422(tmp_path: Any) -> None:
     manager = TaskManager(snapshot_db=str(tmp_path / "tasks.db"))
     define(manager)
