@@ -82,7 +82,7 @@ class HeldCall(NamedTuple):
 class TaskRegistry:
     def __init__(self) -> None:
         self._by_name: dict[str, TaskDefinition] = {}
-        self._by_function: dict[int, TaskDefinition] = {}
+        self._by_function: dict[object, TaskDefinition] = {}
         """By the identity of the function: callable objects need not be hashable."""
         self._here: dict[str, HeldCall] = {}
         """By task id."""
@@ -123,7 +123,7 @@ class TaskRegistry:
         definition = TaskDefinition(name, function, config, executor, arguments, dependencies)
         self._by_name[name] = definition
         if replaces:
-            self._by_function[id(function)] = definition
+            self._by_function[identity(function)] = definition
         self.executors[name] = definition.executor
         return definition
 
@@ -152,10 +152,10 @@ class TaskRegistry:
 
     def known(self, function: TaskFunction) -> TaskDefinition | None:
         """The definition of a function that is a task already, whatever decorators lie on top of it."""
-        if (definition := self._by_function.get(id(function))) is not None:
+        if (definition := self._by_function.get(identity(function))) is not None:
             return definition
-        for layer in (function, *layers_of(function)):
-            if (definition := self._by_function.get(id(layer))) is not None:
+        for layer in layers_of(function):
+            if (definition := self._by_function.get(identity(layer))) is not None:
                 return definition
             if isinstance(layer, functools.partial):  # it calls what it wraps with more arguments
                 break
@@ -291,7 +291,25 @@ def plain(function: TaskFunction) -> TaskFunction:
         raise TaskDefinitionError(f"{where(function.__func__)} is a classmethod: write @staticmethod below @task")
     if not callable(function) or isinstance(function, type):
         raise TaskDefinitionError(f"{described(function)} cannot be a task: it is no function")
+    if is_method(function):
+        raise TaskDefinitionError(
+            f"{where(function)} is a method, and its object is not stored: write @staticmethod below @task, or make "
+            "the method of one object a task where that is made: task_manager.task(name=...)(it.method)"
+        )
     return function
+
+
+def is_method(function: TaskFunction) -> bool:
+    """Whether a function stands in a class and is called with an instance, or with the class."""
+    if not inspect.isfunction(function):
+        return False
+    stands_in_class = "." in function.__qualname__.rpartition("<locals>.")[2]
+    return stands_in_class and next(iter(arguments_by_name(function)), "") in ("self", "cls")
+
+
+def identity(function: object) -> object:
+    """What stands for a callable. Bound methods are made anew whenever they are looked up."""
+    return (id(function.__self__), id(function.__func__)) if inspect.ismethod(function) else id(function)
 
 
 def name_of(function: TaskFunction) -> str:

@@ -144,6 +144,41 @@ def test_a_decorator_between_a_schedule_and_its_task_leaves_it_its_settings(mana
     assert "job" in manager.schedules
 
 
+@pytest.mark.parametrize("outer", [lambda function: function, classmethod, timed])
+def test_a_method_is_refused_because_its_object_is_not_stored(manager: TaskManager, outer: Any) -> None:
+    with pytest.raises(TaskDefinitionError, match=r"is a method.*@staticmethod"):
+
+        class Mailer:
+            @outer  # type: ignore[untyped-decorator]
+            @manager.task
+            def send(self, text: str) -> None: ...
+
+
+def test_functions_in_a_class_that_are_no_methods_are_tasks(manager: TaskManager) -> None:
+    class Jobs:
+        @manager.task
+        @staticmethod
+        def first(text: str) -> None: ...
+
+        @manager.task
+        def second() -> None: ...  # type: ignore[misc]
+
+    @manager.task
+    def third(self: str) -> None: ...
+
+    assert {definition.name for definition in manager.registry} == {"first", "second", "third"}
+
+
+def test_the_method_of_one_object_is_a_task_however_it_is_looked_up(manager: TaskManager) -> None:
+    class Mailer:
+        def send(self, text: str) -> None: ...
+
+    mailer, other = Mailer(), Mailer()
+    manager.task(name="send", retries=3)(mailer.send)
+    assert manager.registry.of(mailer.send).max_attempts == 4
+    assert manager.registry.known(other.send) is None
+
+
 def test_a_partial_of_a_task_is_not_that_task(manager: TaskManager) -> None:
     partial = functools.update_wrapper(functools.partial(manager.task(job)), job)
     assert manager.registry.known(partial) is None
