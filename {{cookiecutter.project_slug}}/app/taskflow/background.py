@@ -146,8 +146,10 @@ def request_dependency(store: TaskStore) -> Callable[..., Any]:
     """The dependency that manages a request's tasks and returns them: for routers, and for `Depends(...)`."""
 
     async def get_tasks(connection: HTTPConnection, background_tasks: BackgroundTasks) -> ManagedBackgroundTasks:
-        if isinstance(background_tasks, ManagedBackgroundTasks) and background_tasks._store is store:
-            return background_tasks
+        if isinstance(background_tasks, ManagedBackgroundTasks):
+            if background_tasks._store is store:
+                return background_tasks
+            background_tasks = BackgroundTasks()  # the request's own is another task manager's
         background_tasks.__class__ = ManagedBackgroundTasks
         assert isinstance(background_tasks, ManagedBackgroundTasks)
         tasks = background_tasks
