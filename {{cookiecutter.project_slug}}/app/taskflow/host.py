@@ -51,9 +51,9 @@ def join_lifespan(app: FastAPI, lifespan: Callable[[Any], Any]) -> None:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """What a route lets through becomes the answer its name promises, not a 500."""
+    """What a route lets through becomes the answer its name promises, not a 500; the app's own handlers stay."""
     for error in STATUS_CODES:
-        app.add_exception_handler(error, answer_error)  # type: ignore[arg-type]
+        app.exception_handlers.setdefault(error, answer_error)  # type: ignore[arg-type]
 
 
 async def answer_error(connection: Request | WebSocket, error: Exception) -> JSONResponse | None:
