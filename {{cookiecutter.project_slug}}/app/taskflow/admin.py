@@ -171,9 +171,8 @@ class TaskAdmin:
         depends = Depends(task_manager.get_tasks)
         if auto_install:
             manage_present_routes(app, depends)
-        app.include_router(router)  # between the two: our own routes bring no tasks
-        if auto_install:
-            app.router.dependencies.insert(0, depends)
+            app.router.dependencies.insert(0, depends)  # ours bring no tasks, but what the app runs before them may
+        app.include_router(router)
         install_error_handlers(app)
         document_refusals(app, task_manager.get_tasks)
 

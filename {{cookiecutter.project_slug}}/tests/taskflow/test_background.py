@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.testclient import TestClient
 from starlette.background import BackgroundTask
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.taskflow import ManagedBackgroundTasks, TaskAdmin, TaskflowError, TaskManager
+from app.taskflow import ManagedBackgroundTasks, TaskAdmin, TaskArgumentError, TaskflowError, TaskManager
 
 from .helpers import PATIENCE
 
@@ -275,6 +275,39 @@ def test_two_apps_of_one_process_keep_apart_and_a_third_stays_plain(tmp_path: Pa
     assert done == ["plain"]
 
 
+def test_a_request_may_bring_tasks_of_two_managers(tmp_path: Path) -> None:
+    one, two = Service(tmp_path, "one"), Service(tmp_path, "two")
+    one.install()
+    two.manager.init_app(one.app)
+
+    @one.app.post("/add")
+    def add(
+        background_tasks: BackgroundTasks,
+        first: Annotated[ManagedBackgroundTasks, Depends(one.manager.get_tasks)],
+        second: Annotated[ManagedBackgroundTasks, Depends(two.manager.get_tasks)],
+    ) -> list[str]:
+        assert first is background_tasks
+        return [first.add_task(one.note, "one"), second.add_task(two.note, "two")]
+
+    with one.client() as client:
+        ids = client.post("/add").json()
+        wait_until(lambda: two.ran)
+    assert one.stored() == [(ids[0], "success")]
+    assert two.stored() == [(ids[1], "success")]
+
+
+def test_what_the_app_runs_before_every_route_adds_managed_tasks_before_ours_too(service: Service) -> None:
+    def audit(background_tasks: BackgroundTasks) -> None:
+        managed: Any = background_tasks
+        assert managed.add_task(service.note, "audited", tags={"by": "app"})
+
+    service.app.router.dependencies.append(Depends(audit))
+    service.install()
+    with service.client() as client:
+        assert client.get("/tasks").status_code == 200
+    assert service.ran == ["audited"]
+
+
 # -- before the response, or not at all
 
 
@@ -481,6 +514,25 @@ def test_init_app_gives_the_lifecycle_and_the_error_answers_without_routes(servi
         assert client.post("/add").status_code == 422
         assert client.get("/tasks").status_code == 404
     assert service.ran == ["x"]
+
+
+@pytest.mark.parametrize("first", ["app", "ours"])
+def test_the_app_s_own_answer_to_an_error_wins(service: Service, first: str) -> None:
+    def answer(_request: Any, _error: Exception) -> JSONResponse:
+        return JSONResponse({"detail": "mine"}, 418)
+
+    if first == "app":
+        service.app.add_exception_handler(TaskArgumentError, answer)
+    service.install()
+    if first == "ours":
+        service.app.add_exception_handler(TaskArgumentError, answer)
+
+    @service.app.post("/add")
+    def add(tasks: BackgroundTasks) -> None:
+        tasks.add_task(service.note, None)  # type: ignore[arg-type]
+
+    with service.client() as client:
+        assert client.post("/add").json() == {"detail": "mine"}
 
 
 def test_an_app_can_be_started_again(service: Service) -> None:
