@@ -178,6 +178,8 @@ class Dispatcher:
         for running in unfinished:
             running.stop("shutdown", interrupt=True)
         await until(lambda: not self._unfinished(), monotonic() + LAST_WORDS)
+        for running in self._unfinished():  # a coroutine that swallows its cancellation
+            self._ended(running, self._runner.ended(running.attempt, TaskConfig(), Interrupted()))
         for executor in self._executors.values():
             executor.close()
 

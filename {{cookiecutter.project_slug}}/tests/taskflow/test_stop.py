@@ -93,7 +93,8 @@ async def test_a_stop_takes_no_longer_than_it_may_whatever_user_code_does(
         await begun.wait()
     began = time.monotonic()
     await manager.shutdown()
-    released.set()
     assert time.monotonic() - began < 4.5, "1 s to drain and 2 to let go, on a machine that may be busy"
+    assert (await manager.store.get(task_id)).status is TaskStatus.INTERRUPTED
+    released.set()
     await manager.startup()
     assert (await manager.store.get(task_id)).status is TaskStatus.INTERRUPTED
