@@ -155,6 +155,11 @@ class TaskAdmin:
         check_path(path)
         check_amount("token_expiry", token_expiry, MOST_DAYS * 86_400)
         check_amount("poll_interval", poll_interval, MOST_DAYS * 86_400)
+        for option, flag in (("display_func_args", display_func_args), ("auto_install", auto_install)):
+            require(isinstance(flag, bool), option, flag, "True or False")
+        require(isinstance(title, str), "title", title, "a text")
+        if not isinstance(secret_key, str | None):
+            raise TaskDefinitionError(f"secret_key: must be a text, not {type(secret_key).__name__}")
         backend = auth_backend(auth)
         check_environment(environment, logs_in=backend is not None, secret_key=secret_key)
         if retention_days is not None:

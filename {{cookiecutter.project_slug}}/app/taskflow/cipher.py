@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from .errors import TaskDefinitionError
 
@@ -91,11 +91,11 @@ class AesCipher:
 def make_cipher(keys: str | bytes | Sequence[str | bytes] | None, since: datetime | None = None) -> Cipher:
     """What is not sealed is read only of tasks that were added before `since`. Raises TaskDefinitionError, without
     showing it, for a key that is not 32 bytes in URL-safe base64, and for a time without a zone."""
-    if since is not None and since.utcoffset() is None:
+    if since is not None and (not isinstance(since, datetime) or since.utcoffset() is None):
         raise TaskDefinitionError(f"encrypted_since={since!r}: needs a time zone")
     if keys is None:
         return PlainText()
-    listed = [keys] if isinstance(keys, str | bytes) else list(keys)
+    listed: Sequence[Any] = list(keys) if isinstance(keys, list | tuple) else [keys]
     if not listed:
         raise TaskDefinitionError("encrypt_args_key: an empty list; give one key or more, newest first")
     return AesCipher([raw_key(key) for key in listed], since)
@@ -104,7 +104,7 @@ def make_cipher(keys: str | bytes | Sequence[str | bytes] | None, since: datetim
 def raw_key(key: str | bytes) -> bytes:
     try:
         raw = base64.urlsafe_b64decode(key)
-    except (binascii.Error, ValueError):
+    except (TypeError, ValueError):
         raw = b""
     if len(raw) != 32:
         raise TaskDefinitionError(

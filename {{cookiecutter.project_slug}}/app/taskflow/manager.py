@@ -49,6 +49,7 @@ from .models import (
     TaskConfig,
     TaskOptions,
     is_finite,
+    is_whole,
     require,
 )
 from .observers import ObserverChain
@@ -61,6 +62,7 @@ from .scheduler import PeriodicScheduler
 from .schedules import Plan, Schedules
 from .store import TaskStore
 from .telemetry import Meters
+from .texts import name_text
 from .ticks import Misfire, checked_misfire, make_trigger
 from .transactions import enlist
 
@@ -118,7 +120,7 @@ class TaskManager:
             ("max_sync_threads", max_sync_threads),
             ("max_process_workers", max_process_workers),
         ):
-            require(limit is None or (isinstance(limit, int) and limit >= 1), option, limit, "None or 1 and more")
+            require(limit is None or (is_whole(limit) and limit >= 1), option, limit, "None or 1 and more")
         for option, seconds in (
             ("shutdown_timeout", shutdown_timeout),
             ("process_shutdown_timeout", process_shutdown_timeout),
@@ -137,6 +139,7 @@ class TaskManager:
             ("retry_replaces_original", retry_replaces_original),
         ):
             require(isinstance(flag, bool), option, flag, "True or False")
+        require(loggers is None or isinstance(loggers, Iterable), "loggers", loggers, "a list of observers")
         self.snapshot_interval = snapshot_interval
         self.shutdown_timeout = shutdown_timeout
         self.registry = TaskRegistry()
@@ -528,8 +531,11 @@ def declared_queues(queues: Mapping[str, QueueConfig] | None, max_size: int | No
     require(queues is None or isinstance(queues, Mapping), "queues", queues, "a dict of names and QueueConfigs")
     declared = dict(queues or {})
     for name, queue in declared.items():
-        fits = isinstance(name, str) and bool(name) and isinstance(queue, QueueConfig)
-        require(fits, f"queues[{name!r}]", queue, "a QueueConfig under a name")
+        try:
+            name_text(name)
+        except ValueError as error:
+            raise TaskDefinitionError(f"queues: the name {name!r:.80} {error}") from error
+        require(isinstance(queue, QueueConfig), f"queues[{name!r}]", queue, "a QueueConfig under a name")
     if max_size is not None:
         declared.setdefault(DEFAULT_QUEUE, QueueConfig(max_size=max_size))
     return declared

@@ -7,6 +7,8 @@ timezone-aware UTC datetimes here; storage keeps them as integer microseconds si
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -157,7 +159,7 @@ class TaskConfig:
             if name is not None:
                 _checked(option, name, name_text)
         object.__setattr__(self, "tags", _checked("tags", self.tags, tag_texts))
-        require(isinstance(self.retries, int) and self.retries >= 0, "retries", self.retries, "0 or more")
+        require(is_whole(self.retries) and self.retries >= 0, "retries", self.retries, "0 or more")
         require(self.retries <= MOST_RETRIES, "retries", self.retries, f"at most {MOST_RETRIES:,}")
         require(is_finite(self.delay) and self.delay >= 0, "delay", self.delay, "0 or more seconds")
         require(is_finite(self.backoff) and self.backoff > 0, "backoff", self.backoff, "above 0")
@@ -175,7 +177,7 @@ class TaskConfig:
             require(isinstance(value, bool), option, value, "True or False")
         require(is_retry_policy(self.retry_on), "retry_on", self.retry_on, "exception classes or a function")
         require(
-            self.priority is None or (isinstance(self.priority, int) and abs(self.priority) < 2**31),
+            self.priority is None or (is_whole(self.priority) and abs(self.priority) < 2**31),
             "priority",
             self.priority,
             "None or a 32-bit integer",
@@ -211,7 +213,7 @@ class QueueConfig:
 
     def __post_init__(self) -> None:
         for option, value in (("concurrency", self.concurrency), ("max_size", self.max_size)):
-            require(value is None or (isinstance(value, int) and value >= 1), option, value, "None or 1 and more")
+            require(value is None or (is_whole(value) and value >= 1), option, value, "None or 1 and more")
             require((value or 0) < 2**31, option, value, "a 32-bit integer")
 
 
@@ -508,8 +510,10 @@ def schedule_subject(name: str) -> str:
 
 
 def is_retry_policy(policy: object) -> bool:
-    if policy is None or (callable(policy) and not isinstance(policy, type)):
+    if policy is None:
         return True
+    if callable(policy) and not isinstance(policy, type):
+        return not (inspect.iscoroutinefunction(policy) or inspect.isasyncgenfunction(policy))  # nobody would await it
     return isinstance(policy, Collection) and all(
         isinstance(kind, type) and issubclass(kind, BaseException) for kind in policy
     )
@@ -536,8 +540,13 @@ def _checked(option: str, value: object, rule: Callable[[object], T]) -> T:
         raise TaskDefinitionError(f"{option}={value!r}: {error}") from error
 
 
+def is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) < float("inf")
+    """Whether it is a number that a clock can be asked for."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def require(holds: bool, option: str, value: object, rule: str) -> None:

@@ -57,12 +57,13 @@ def key_of(func_name: str, options: AddOptions) -> str | None:
 
 
 def queue_of(func_name: str, options: AddOptions) -> str | None:
-    return checked(func_name, "queue", options.queue, name_text) if options.queue else None
+    return None if options.queue is None else checked(func_name, "queue", options.queue, name_text)
 
 
 def tags_of(func_name: str, options: AddOptions, defaults: Mapping[str, str]) -> Mapping[str, str]:
     """The decorator's, which were checked there, and the caller's over them."""
-    return {**defaults, **checked(func_name, "tags", options.tags, tag_texts)} if options.tags else defaults
+    found = options.tags
+    return defaults if found is None else {**defaults, **checked(func_name, "tags", found, tag_texts)}
 
 
 def start_of(func_name: str, options: AddOptions, now: datetime) -> datetime:
@@ -72,7 +73,8 @@ def start_of(func_name: str, options: AddOptions, now: datetime) -> datetime:
             rule = "run_at and delay_seconds exclude each other"
             raise TaskArgumentError(func_name, "run_at", options.run_at, rule)
         return max(now, checked(func_name, "run_at", options.run_at, moment))
-    return now + checked(func_name, "delay_seconds", options.delay_seconds, delay) if options.delay_seconds else now
+    found = options.delay_seconds
+    return now if found is None else now + checked(func_name, "delay_seconds", found, delay)
 
 
 # -- rules

@@ -49,11 +49,11 @@ class Plan:
     def __post_init__(self) -> None:
         if not isinstance(self.args, list | tuple):
             raise BadSchedule("args", self.args, "must be a tuple or a list of the function's arguments")
-        if not isinstance(self.kwargs, Mapping | None):
-            raise BadSchedule("kwargs", self.kwargs, "must be a dict of the function's arguments")
-        for option, flag in (("overlap", self.overlap), ("run_on_startup", self.run_on_startup)):
-            if not isinstance(flag, bool):
-                raise BadSchedule(option, flag, "must be True or False")
+        if not isinstance(self.kwargs, Mapping | None) or not all(isinstance(name, str) for name in self.kwargs or ()):
+            raise BadSchedule("kwargs", self.kwargs, "must be a dict of the function's arguments by name")
+        for option, value in (("overlap", self.overlap), ("run_on_startup", self.run_on_startup)):
+            if not isinstance(value, bool):
+                raise BadSchedule(option, value, "must be True or False")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,7 @@ class Schedules:
 
     async def all_one_offs(self, before: datetime | None = None) -> list[ScheduledOnce]:
         """Those that wait, soonest first. Raises TaskflowError for a time without zone."""
-        if before is not None and before.tzinfo is None:
+        if before is not None and (not isinstance(before, datetime) or before.tzinfo is None):
             raise TaskflowError(f"before={before!r}: needs a time zone, e.g. datetime.now(UTC)")
         found: list[ScheduledOnce] = []
         place: tuple[datetime, str] | None = None

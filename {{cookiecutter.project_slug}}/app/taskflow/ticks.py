@@ -11,7 +11,6 @@ time instead: both passes of a repeated hour, and nothing for an hour that does 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from copy import copy
@@ -80,7 +79,7 @@ class Every:
         seconds: object = every.total_seconds() if isinstance(every, timedelta) else every
         if not isinstance(seconds, int | float) or isinstance(seconds, bool):
             raise BadSchedule("every", every, "must be seconds or a timedelta")
-        if not (math.isfinite(seconds) and SHORTEST_INTERVAL <= seconds <= LONGEST_INTERVAL):
+        if not SHORTEST_INTERVAL <= seconds <= LONGEST_INTERVAL:
             raise BadSchedule("every", every, f"must be between {SHORTEST_INTERVAL} seconds and ten years")
         return cls(round(seconds * 1_000_000))
 

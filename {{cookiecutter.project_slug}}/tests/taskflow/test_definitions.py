@@ -31,6 +31,10 @@ async def coroutine() -> None: ...
 def needs_a_class_nobody_knows(value: "Nobody") -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
 
+async def judges_later(_error: BaseException) -> bool:
+    return True
+
+
 def annotated_by(annotation: object) -> Callable[..., None]:
     def job(value: Any) -> None: ...
 
@@ -56,6 +60,14 @@ WRONG: dict[str, Callable[[TaskManager], object]] = {
     "annotations that raise": lambda manager: manager.task(annotated_by("1 / 0")),
     "no signature": lambda manager: manager.task(max),
     "a partial that cannot be called": lambda manager: manager.task(name="p")(functools.partial(job, 1)),  # type: ignore[call-arg]
+    "retries that are a yes": lambda manager: manager.task(retries=True),
+    "seconds that are a yes": lambda manager: manager.task(timeout=True),
+    "seconds beyond all clocks": lambda manager: manager.task(timeout=10**400),
+    "a predicate that nobody awaits": lambda manager: manager.task(retry_on=judges_later),  # type: ignore[arg-type]
+    "overlap": lambda manager: manager.schedule(every=5, overlap="no"),  # type: ignore[arg-type]
+    "a run at the start": lambda manager: manager.schedule(every=5, run_on_startup=1),  # type: ignore[arg-type]
+    "arguments by name": lambda manager: manager.schedule(every=5, kwargs=[("a", 1)])(job),  # type: ignore[arg-type]
+    "an endless interval": lambda manager: manager.schedule(every=10**400),
     "every and cron": lambda manager: manager.schedule(every=5, cron="* * * * *"),
     "timezone": lambda manager: manager.schedule(cron="* * * * *", timezone="Nowhere/At_All"),
     "misfire": lambda manager: manager.schedule(every=5, misfire="never"),  # type: ignore[arg-type]
@@ -79,6 +91,21 @@ WRONG: dict[str, Callable[[TaskManager], object]] = {
     "retention": lambda _: TaskManager(retention_days=float("nan")),
     "queues": lambda _: TaskManager(queues=["a"]),  # type: ignore[arg-type]
     "one queue": lambda _: TaskManager(queues={"a": 5}),  # type: ignore[dict-item]
+    "a queue that cannot be stored": lambda _: TaskManager(queues={"\ud800": QueueConfig()}),
+    "a queue without a name": lambda _: TaskManager(queues={"": QueueConfig()}),
+    "a size that is a yes": lambda _: TaskManager(max_size=True),
+    "retention beyond the calendar": lambda _: TaskManager(retention_days=1e9),
+    "retention beyond the calendar, here": lambda manager: TaskAdmin(FastAPI(), manager, retention_days=1e9),
+    "one observer": lambda _: TaskManager(loggers=StdoutLogger()),  # type: ignore[arg-type]
+    "a flag of the manager": lambda _: TaskManager(requeue_pending="no"),  # type: ignore[arg-type]
+    "an empty place": lambda _: TaskManager(snapshot_db=""),
+    "a place with a NUL": lambda _: TaskManager(snapshot_db="\0"),
+    "a key that is no text": lambda _: TaskManager(encrypt_args_key=5),  # type: ignore[arg-type]
+    "a time that is no time": lambda _: TaskManager(encrypted_since="2026"),  # type: ignore[arg-type]
+    "no path": lambda manager: TaskAdmin(FastAPI(), manager, path=None),  # type: ignore[arg-type]
+    "a text for seconds": lambda manager: TaskAdmin(FastAPI(), manager, poll_interval="30"),  # type: ignore[arg-type]
+    "a flag of the admin": lambda manager: TaskAdmin(FastAPI(), manager, auto_install="no"),  # type: ignore[arg-type]
+    "a secret of bytes": lambda manager: TaskAdmin(FastAPI(), manager, secret_key=b"x"),  # type: ignore[arg-type]
     "path": lambda manager: TaskAdmin(FastAPI(), manager, path="tasks"),
     "no path": lambda manager: TaskAdmin(FastAPI(), manager, path=5),  # type: ignore[arg-type]
     "auth": lambda manager: TaskAdmin(FastAPI(), manager, auth=("only one",)),  # type: ignore[arg-type]

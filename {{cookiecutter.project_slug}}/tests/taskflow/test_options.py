@@ -61,6 +61,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tags": {"a": "\ud800"}}, "half a surrogate pair"),
     ({"tags": {str(n): "x" for n in range(65)}}, "more than 64"),
     ({"tags": ["a"]}, "must be a dict"),
+    ({"tags": []}, "must be a dict"),
+    ({"queue": ""}, "must have 1 to 256"),
+    ({"queue": 0}, "must be a string"),
+    ({"delay_seconds": False}, "must be a number"),
+    ({"delay_seconds": ""}, "must be a number"),
 ]
 
 

@@ -43,7 +43,10 @@ def open_backend(location: str | None) -> Backend:
         raise TaskDefinitionError(
             f"{url.render_as_string()}: this project has no {error.name}: it was made to keep its tasks elsewhere"
         ) from error
-    backend: Backend = getattr(found, kind)(url)
+    try:
+        backend: Backend = getattr(found, kind)(url)
+    except ValueError as error:  # the driver's reading of it
+        raise TaskDefinitionError(f"{url.render_as_string()}: {error}") from error
     return backend
 
 
