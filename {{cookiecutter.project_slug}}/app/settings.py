@@ -10,7 +10,6 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="TASKFLOW_",
         env_file=".env",
-        env_ignore_empty=True,  # an empty URL would be a database that nobody finds again
         hide_input_in_errors=True,  # which may be a password
         extra="ignore",
     )
@@ -41,6 +40,15 @@ class Settings(BaseSettings):
     """When the key was first set: older tasks may be unencrypted. Without, none is read that is not encrypted."""
     retention_days: float | None = Field(default=None, gt=0)
     """Days after which finished tasks are deleted; without, they are kept."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def nothing_is_empty(cls, given: dict[str, object]) -> dict[str, object]:
+        """A secret that was not filled in must not mean a database that nobody finds again, or no encryption."""
+        for name, value in given.items():
+            if value == "" and name != "version":
+                raise ValueError(f"TASKFLOW_{name.upper()} is empty: give it a value, or take it out")
+        return given
 
     @model_validator(mode="after")
     def credentials_come_in_pairs(self) -> "Settings":
