@@ -6,6 +6,7 @@ Each test drives a backend turn by turn through a `Bench`, with a clock of its o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections import Counter
@@ -113,6 +114,16 @@ async def test_what_one_turn_admits_it_can_also_claim(bench: Bench) -> None:
     result = await bench.turn(drafts=[draft], demand=Demand({"job": "thread"}, {"thread": 1}))
     assert [task.task_id for task in result.claimed] == [draft.task_id]
     assert await bench.kinds(draft.task_id) == ["accepted", "started"]
+
+
+async def test_a_place_that_nobody_has_prepared_yet_is_away_or_empty(shared_location: str) -> None:
+    """As it is for a service that serves before its database has answered."""
+    early = open_backend(shared_location)
+    for ask in (lambda: early.page(TaskFilter(), None, 5), early.counts, lambda: early.get("one")):
+        with contextlib.suppress(BackendUnavailable):
+            found = await ask()
+            assert not getattr(found, "tasks", found)
+    await early.close()
 
 
 async def test_committed_tasks_are_there_when_the_backend_is_opened_again(shared_location: str) -> None:

@@ -52,6 +52,9 @@ from .tables import counter, event, log, revoked, task
 
 T = TypeVar("T")
 
+NO_SCHEMA = ("42P01", "42703")
+"""What PostgreSQL says of a table or a column that is not there: not yet, where another process is about to make it."""
+
 MOST_PRIORITIES = 32
 """Of one queue, at whose oldest task somebody looks."""
 MOST_TRIES = 5
@@ -423,6 +426,7 @@ class translated:  # noqa: N801 - a context manager, named as it reads
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """What the values caused (a DataError, say) is not unavailability and goes on as it is."""
         away = isinstance(error, OperationalError | InterfaceError | InternalError | SQLAlchemyTimeoutError)
+        away = away or getattr(getattr(error, "orig", None), "sqlstate", None) in NO_SCHEMA
         if away or type(error) is DatabaseError:  # which is what SQLite says of a file that is damaged
             reason = error.orig if isinstance(error, DBAPIError) else error
             raise BackendUnavailable(str(reason)) from error
