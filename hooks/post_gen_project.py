@@ -22,6 +22,7 @@ REDIS = (
     "app/taskflow/backends/redis.lua",
     "app/taskflow/backends/redis_copies.py",
     "app/taskflow/backends/redis_keys.py",
+    "app/taskflow/backends/redis_pages.py",
     "app/taskflow/backends/redis_values.py",
     "tests/taskflow/test_redis*.py",
 )

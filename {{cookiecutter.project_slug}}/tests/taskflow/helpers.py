@@ -14,7 +14,10 @@ from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
 
+import sqlalchemy as sa
+
 from app.taskflow import BackendUnavailable, TaskManager
+from app.taskflow.backends import tables
 from app.taskflow.backends.base import (
     Answer,
     Backend,
@@ -31,9 +34,10 @@ from app.taskflow.backends.base import (
     Turn,
     TurnResult,
 )
+from app.taskflow.backends.sql import SqlBackend
 from app.taskflow.context import TaskContext, TaskSink
 from app.taskflow.executors import Call
-from app.taskflow.models import Cursor, EventKind, TaskConfig, TaskFilter, TaskRecord, TaskStatus
+from app.taskflow.models import Cursor, EventKind, TaskConfig, TaskFilter, TaskRecord, TaskStatus, to_micros
 from app.taskflow.registry import TaskRegistry
 
 PATIENCE = 10.0
@@ -220,9 +224,10 @@ async def all_tasks(backend: Backend, where: TaskFilter | None = None, limit: in
 
 
 async def assert_counters_match_rows(backend: Backend, now: datetime) -> None:
-    """The counters say what a recount over all rows says, and the groups of failures do, too."""
+    """The counters say what a recount over all rows says, and the groups of failures and the index of tags do, too."""
     await assert_counts_match_rows(backend, now)
     await assert_groups_match_rows(backend)
+    await assert_tags_match_rows(backend)
 
 
 async def assert_counts_match_rows(backend: Backend, now: datetime) -> None:
@@ -257,6 +262,27 @@ async def assert_groups_match_rows(backend: Backend) -> None:
         groups = await backend.groups(dismissed=dismissed, before=None, limit=1_000)
         found = {group.key: group.dismissed if dismissed else group.open for group in groups}
         assert found == {key: n for (key, gone), n in numbers.items() if gone is dismissed}
+
+
+async def assert_tags_match_rows(backend: Backend) -> None:
+    assert await tag_entries(backend) == {
+        (f"{key}:{value}", to_micros(record.created_at), record.task_id)
+        for record in await all_tasks(backend, limit=500)
+        for key, value in record.tags.items()
+    }
+
+
+async def tag_entries(backend: Any) -> set[tuple[str, int, str]]:
+    """The whole index of tags: the tag, when the task was added, its id."""
+    if isinstance(backend, SqlBackend):
+        rows = await backend._read(lambda connection: connection.execute(sa.select(tables.tag)).all())
+        return {(row.tag, row.created_at, row.task_id) for row in rows}
+    found = set()
+    start = backend.keys("tag", "")
+    async for name in backend._reader.scan_iter(f"{start}*", count=1_000):
+        for task_id, score in await backend._reader.zrange(name, 0, -1, withscores=True):
+            found.add((name.decode().removeprefix(start), int(score), task_id.decode()))
+    return found
 
 
 async def refuses(manager: TaskManager, function: Callable[..., Any]) -> bool:

@@ -61,6 +61,7 @@ ORDER = [
     "backends.redis_keys",
     "backends.redis_values",
     "backends.redis_copies",
+    "backends.redis_pages",
     "backends.redis",
     "backends",
     "history",

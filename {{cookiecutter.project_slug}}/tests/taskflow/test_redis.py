@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import redis
 
-from app.taskflow import TaskStatus
-from app.taskflow.backends.base import Demand, LogLine, Purge, Turn
+from app.taskflow import TaskRecord, TaskStatus
+from app.taskflow.backends.base import Beat, Demand, LogLine, Purge, Turn
 from app.taskflow.backends.redis import RedisBackend, of_response
+from app.taskflow.backends.stored import instance_row
 from app.taskflow.errors import BackendUnavailable, OutcomeUnknown
 from app.taskflow.models import TaskFilter
 
@@ -18,7 +20,9 @@ from .helpers import (
     Bench,
     all_tasks,
     assert_counters_match_rows,
+    assert_tags_match_rows,
     make_draft,
+    make_instance,
     runs_through_a_kill,
 )
 from .servers import RedisServer, fresh_redis, redis_url
@@ -218,3 +222,136 @@ async def test_what_runs_while_the_server_is_killed_is_recorded_when_it_is_back(
 def test_what_a_server_answers_is_away_or_about_what_was_sent(answer: redis.ResponseError, away: bool) -> None:
     """Redis 6 and 7 word what a script came upon differently, and the client takes words away."""
     assert isinstance(of_response(answer), BackendUnavailable) == away
+
+
+def forget_tags(client: redis.Redis) -> None:
+    """As if all tasks had been stored by code of the first schema."""
+    client.delete(*client.scan_iter("*{taskflow}:tag:*"))
+
+
+async def older_tasks(url: str) -> list[str]:
+    """Adds tasks to a store as code of the first schema left it, and returns the ids of those that have a tag."""
+    backend = RedisBackend(url)
+    await backend.open()
+    bench = Bench(backend)
+    drafts = [make_draft(("job", "mail")[n % 2], tags={"tenant": "acme"} if n % 3 else None) for n in range(30)]
+    await bench.accept(*drafts[:20])  # of one moment
+    for draft in drafts[20:]:
+        bench.pass_time(1)
+        await bench.accept(draft._replace(created_at=bench.now))
+    with redis.Redis.from_url(url.partition("?")[0]) as client:
+        forget_tags(client)
+        client.set(backend.keys("schema"), 1)
+    await backend.close()
+    return sorted((draft.task_id for draft in drafts if draft.tags), reverse=True)
+
+
+ACME = TaskFilter(tags=(("tenant", "acme"),))
+
+
+async def test_tasks_of_the_first_schema_are_indexed_once_in_batches_however_often_it_is_interrupted(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.taskflow.backends.redis.INDEX_BATCH", 4)
+    monkeypatch.setattr("app.taskflow.backends.redis.LATE", 0)
+    ids = await older_tasks(url)
+    call: Callable[..., Any] = RedisBackend._call
+    batches: list[int] = []
+
+    async def dies_soon(self: RedisBackend, function: str, argument: Any, *, durably: bool = False) -> Any:
+        if len(batches) in (2, 5):
+            batches.append(-1)
+            raise redis.ConnectionError("killed")
+        if function == "index":
+            batches.append(argument["after"])
+        return await call(self, function, argument, durably=durably)
+
+    monkeypatch.setattr(RedisBackend, "_call", dies_soon)
+    backend = RedisBackend(url)
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable):
+            await backend.open()
+        assert not await backend.is_current()
+    await backend.open()
+    assert [record.task_id for record in await all_tasks(backend, ACME, 7)] == ids
+    await assert_tags_match_rows(backend)
+    assert sorted(set(batches[3:])) != sorted(batches[3:5]), "it goes on where it was"
+    assert await backend.is_current()
+    number = len(batches)
+    await backend.open()
+    assert len(batches) == number
+    await backend.close()
+
+
+async def test_what_older_code_adds_beside_newer_is_indexed_by_the_next_who_opens(url: str) -> None:
+    ids = await older_tasks(url)
+    older, newer = RedisBackend(url), RedisBackend(url)
+    await older.open()
+    row = instance_row(make_instance("older"), Beat(START, START + timedelta(seconds=30), 4, 0))
+    older._run_apart("beat", row)
+    with redis.Redis.from_url(url.partition("?")[0]) as client:
+        client.set(older.keys("schema"), 1)
+        await newer.open()
+        Bench(newer, "newer").beat()
+        assert [record.task_id for record in await all_tasks(newer, ACME)] == ids
+        assert not await newer.is_current()
+        added = await Bench(older, "older", now=START + timedelta(seconds=5)).add(tags={"tenant": "acme"})
+        client.zrem(newer.keys("tag", "tenant", "acme"), added)
+    older.leave("older")
+    await newer.open()
+    assert added in [record.task_id for record in await all_tasks(newer, ACME)]
+    assert await newer.is_current()
+    await assert_tags_match_rows(newer)
+    for backend in (older, newer):
+        await backend.close()
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        TaskFilter(func_name="mail", queue="slow"),
+        TaskFilter(statuses=(TaskStatus.PENDING, TaskStatus.FAILED), func_name="mail", tags=(("n", "3"),)),
+        TaskFilter(statuses=(TaskStatus.CANCELLED,), queue="slow"),
+        TaskFilter(func_name="mail", queue="slow", source="scheduled"),
+        TaskFilter(func_name="nobody", queue="slow"),
+    ],
+)
+async def test_of_several_indexed_parts_rows_are_read_only_of_what_has_all(
+    backend: RedisBackend, monkeypatch: pytest.MonkeyPatch, where: TaskFilter
+) -> None:
+    monkeypatch.setattr("app.taskflow.backends.redis.SEARCH_WINDOW", 12)
+    monkeypatch.setattr("app.taskflow.backends.redis_pages.MOST_IDS", 8)
+    bench = Bench(backend)
+    for number in range(60):
+        bench.pass_time(number % 2)
+        await bench.add(
+            name="mail" if number % 10 == 3 else "job",
+            queue="slow" if number % 4 == 3 else "default",
+            tags={"n": str(number % 5)},
+            source="scheduled" if number % 3 else "manual",
+        )
+    for record in (await all_tasks(backend))[10:20]:
+        await bench.cancel(record.task_id)
+    expected = [record.task_id for record in await all_tasks(backend) if matches_it(where, record)]
+    read: list[str] = []
+    tasks: Callable[..., Any] = backend._tasks
+
+    async def count(ids: Any) -> Any:
+        read.extend(ids)
+        return await tasks(ids)
+
+    monkeypatch.setattr(backend, "_tasks", count)
+    for limit in (1, 2, 50):
+        read.clear()
+        assert [record.task_id for record in await all_tasks(backend, where, limit)] == expected
+    assert len(read) <= (12 if where.source else len(expected))
+
+
+def matches_it(where: TaskFilter, record: TaskRecord) -> bool:
+    return (
+        (not where.statuses or record.status in where.statuses)
+        and where.func_name in (None, record.func_name)
+        and where.queue in (None, record.queue)
+        and where.source in (None, record.source)
+        and all(record.tags.get(key) == value for key, value in where.tags)
+    )

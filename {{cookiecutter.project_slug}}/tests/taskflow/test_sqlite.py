@@ -463,6 +463,7 @@ async def test_two_databases_in_memory_are_two() -> None:
         ("DROP TABLE taskflow_log", "table taskflow_log"),
         ("DROP TABLE taskflow_task", "table taskflow_task"),
         ("ALTER TABLE taskflow_event DROP COLUMN detail", "column taskflow_event.detail"),
+        ("DROP TRIGGER taskflow_tag_gone_tasks", "trigger taskflow_tag_gone_tasks"),
     ],
 )
 async def test_a_schema_with_something_missing_is_refused_and_left_as_it_is(

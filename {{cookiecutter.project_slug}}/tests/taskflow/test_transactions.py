@@ -215,6 +215,8 @@ async def test_options_arguments_and_keys_are_those_of_any_task(start_service: S
     record = await service.manager.store.get(task_id)
     assert (dict(record.tags), record.priority, record.status) == ({"a": "b"}, 3, TaskStatus.PENDING)
     assert record.run_at > record.created_at
+    tagged = await service.manager.store.page(TaskFilter(tags=(("a", "b"),)))
+    assert [record.task_id for record in tagged.tasks] == [task_id]
     assert await service.tasks() == [TaskStatus.PENDING]
 
 

@@ -112,6 +112,14 @@ def test_a_search_becomes_a_filter() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("typed", "window"),
+    [("tag.a:b", False), ("tag.a:b tag.c:d since:1h", False), ("tag.a:b status:failed", True), ("tag.a:b word", True)],
+)
+def test_a_search_says_when_it_looks_through_the_newest_tasks_only(typed: str, window: bool) -> None:
+    assert parse_search(typed, NOW).looks_through_all is window
+
+
 def test_a_status_is_added_and_taken_out() -> None:
     search = Search(statuses=(FAILED,), name="f")
     assert search.toggled(SUCCESS).statuses == (FAILED, SUCCESS)

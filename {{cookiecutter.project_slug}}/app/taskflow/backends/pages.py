@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from ..models import AuditFilter, Cursor, TaskFilter, to_micros
 from .search import SEARCH_WINDOW, walked_by
 from .stored import stored_names
-from .tables import WAITING, event, failure, gauge, instance, rank, schedule, task
+from .tables import WAITING, event, failure, gauge, instance, rank, schedule, tag, task
 
 HEAVY: Mapping[str, sa.ColumnElement[Any]] = {"arguments": sa.literal(""), "stacktrace": sa.null()}
 """Columns that a list of tasks leaves out, and what stands for them."""
@@ -105,14 +105,18 @@ def page_statement(where: TaskFilter, before: Cursor | None, limit: int) -> sa.S
     cost is that of the rows shown; what has no index is looked for among the newest SEARCH_WINDOW."""
     heavy = HEAVY if where.arguments is None else {"stacktrace": HEAVY["stacktrace"]}
     columns = [heavy[column.name].label(column.name) if column.name in heavy else column for column in task.c]
-    walk = sa.select(*columns).where(*indexed_conditions(where, before))
-    statuses = stored_statuses(where) if where.error_key is None else []
+    walked = walked_by(where)
+    place = tag.c if walked == "tags" else task.c
+    walk = sa.select(*columns).where(*indexed_conditions(where, before, place))
+    if walked == "tags":
+        walk = walk.join_from(tag, task, task.c.task_id == tag.c.task_id)
+    statuses = stored_statuses(where) if walked == "statuses" else []
     branches = [walk.where(task.c.status == stored) for stored in statuses] or [walk]
     scanned = scanned_conditions(where)
     if len(branches) == 1 and not scanned:
-        return newest_first(branches[0], task.c, limit)
+        return newest_first(branches[0], place, limit)
     window = SEARCH_WINDOW if scanned else limit
-    parts = [newest_first(branch, task.c, window) for branch in branches]
+    parts = [newest_first(branch, place, window) for branch in branches]
     merged = sa.union_all(*(sa.select(part.subquery()) for part in parts)).subquery()
     found = sa.select(merged).where(*(condition(merged.c) for condition in scanned))
     return newest_first(found, merged.c, limit)
@@ -122,16 +126,20 @@ def newest_first(statement: sa.Select[Any], columns: Any, limit: int) -> sa.Sele
     return statement.order_by(columns.created_at.desc(), columns.task_id.desc()).limit(limit)
 
 
-def indexed_conditions(where: TaskFilter, before: Cursor | None) -> list[sa.ColumnElement[bool]]:
+def indexed_conditions(where: TaskFilter, before: Cursor | None, place: Any) -> list[sa.ColumnElement[bool]]:
+    """`place` are the columns of the table whose index is walked."""
     conditions: list[sa.ColumnElement[bool]] = []
     if before is not None:
-        place = sa.tuple_(task.c.created_at, task.c.task_id)
-        conditions.append(place < sa.tuple_(sa.literal(to_micros(before.created_at)), sa.literal(before.task_id)))
+        end = sa.tuple_(sa.literal(to_micros(before.created_at)), sa.literal(before.task_id))
+        conditions.append(sa.tuple_(place.created_at, place.task_id) < end)
     if where.since is not None:
-        conditions.append(task.c.created_at >= to_micros(where.since))
+        conditions.append(place.created_at >= to_micros(where.since))
     if where.until is not None:
-        conditions.append(task.c.created_at <= to_micros(where.until))
+        conditions.append(place.created_at <= to_micros(where.until))
+    tags = [f"{key}:{value}" for key, value in where.tags]
     match walked_by(where):
+        case "tags":
+            conditions.append(place.tag == tags.pop(0))
         case "error_key":
             conditions.append(task.c.error_key == where.error_key)
         case "schedule":
@@ -140,20 +148,23 @@ def indexed_conditions(where: TaskFilter, before: Cursor | None) -> list[sa.Colu
             conditions.append(task.c.name == where.func_name)
         case "queue":
             conditions.append(task.c.queue == where.queue)
-    return conditions
+    return conditions + [has_tag(place, word) for word in tags]
+
+
+def has_tag(place: Any, word: str) -> sa.ColumnElement[bool]:
+    other = tag.alias()
+    same = (other.c.created_at == place.created_at, other.c.task_id == place.task_id)
+    return sa.exists().where(other.c.tag == word, *same)
+
+
+def number_of(pair: tuple[str, str]) -> sa.Select[Any]:
+    """How many tasks have a tag, as far as it matters."""
+    some = sa.select(tag.c.task_id).where(tag.c.tag == ":".join(pair)).limit(SEARCH_WINDOW)
+    return sa.select(sa.func.count()).select_from(some.subquery())
 
 
 def stored_statuses(where: TaskFilter) -> list[str]:
     return [stored for status in dict.fromkeys(where.statuses) for stored in stored_names(status)]
-
-
-def has_tag(key: str, value: str) -> Callable[[Any], sa.ColumnElement[bool]]:
-    """Exactly that tag, cut at whichever colon: a key may hold some, and nobody who types `key:value` can tell. A text
-    that changes when the pair is taken out of it holds the pair; LIKE would not tell upper case from lower."""
-    parts = f"{key}:{value}".split(":")
-    cuts = [(":".join(parts[:place]), ":".join(parts[place:])) for place in range(1, len(parts))]
-    pairs = [json.dumps({name: said})[1:-1] for name, said in cuts if name]
-    return lambda columns: sa.or_(*(sa.func.replace(columns.tags, pair, "") != columns.tags for pair in pairs))
 
 
 def scanned_conditions(where: TaskFilter) -> list[Callable[[Any], sa.ColumnElement[bool]]]:
@@ -174,8 +185,6 @@ def scanned_conditions(where: TaskFilter) -> list[Callable[[Any], sa.ColumnEleme
     if where.attempts is not None:
         sign, number = where.attempts
         conditions.append(lambda c: {"<": c.attempt < number, "=": c.attempt == number, ">": c.attempt > number}[sign])
-    for key, value in where.tags:
-        conditions.append(has_tag(key, value))
     return conditions + words_conditions(where)
 
 

@@ -52,7 +52,7 @@ from .changes import (
 from .scripts import assignments, statements
 from .sql import SqlBackend
 from .stored import LINE, claim_of, log_row
-from .tables import counter
+from .tables import TAG_INDEX, counter
 
 logger = logging.getLogger("taskflow")
 
@@ -132,6 +132,10 @@ class PostgresBackend(SqlBackend):
     def _create_tables(self, connection: Connection) -> None:
         super()._create_tables(connection)
         deltas.create(connection, checkfirst=True)
+
+    def index_tags(self, connection: Connection) -> None:
+        for name in ("tags_of", "tag", *TAG_INDEX):
+            connection.exec_driver_sql(SQL[name])
 
     def count_rows(self) -> sa.Select[Any]:
         both = sa.union_all(sa.select(counter), sa.select(*(deltas.c[column.name] for column in counter.c)))

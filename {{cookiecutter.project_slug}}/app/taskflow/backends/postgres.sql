@@ -274,3 +274,45 @@ SELECT pg_current_xact_id()::text::bigint
 
 -- name: clock
 SELECT clock_timestamp()
+
+-- The index of tags: what is made of it with its table, and then keeps it. A cell that cannot be read has none; a text
+-- that is longer than a key and a value may be does not fit into an index.
+-- name: tags_of
+CREATE OR REPLACE FUNCTION taskflow_tags_of(tags text) RETURNS SETOF text LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    RETURN QUERY SELECT DISTINCT key || ':' || value FROM json_each_text(tags::json)
+        WHERE length(key) + length(value) <= 512;
+EXCEPTION WHEN others THEN
+    RETURN;
+END $$
+
+-- name: tag
+CREATE OR REPLACE FUNCTION taskflow_tag() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF TG_OP <> 'INSERT' THEN
+        DELETE FROM taskflow_tag WHERE tag IN (SELECT taskflow_tags_of(OLD.tags))
+            AND created_at = OLD.created_at AND task_id = OLD.task_id;
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        INSERT INTO taskflow_tag (tag, created_at, task_id)
+        SELECT word, NEW.created_at, NEW.task_id FROM taskflow_tags_of(NEW.tags) AS word ON CONFLICT DO NOTHING;
+    END IF;
+    RETURN NULL;
+END $$
+
+-- name: tag_new_tasks
+CREATE TRIGGER taskflow_tag_new_tasks AFTER INSERT ON taskflow_task
+FOR EACH ROW WHEN (NEW.tags <> '{}') EXECUTE FUNCTION taskflow_tag()
+
+-- name: tag_changed_tasks
+CREATE TRIGGER taskflow_tag_changed_tasks AFTER UPDATE OF tags, created_at, task_id ON taskflow_task
+FOR EACH ROW WHEN (OLD.tags <> '{}' OR NEW.tags <> '{}') EXECUTE FUNCTION taskflow_tag()
+
+-- name: tag_gone_tasks
+CREATE TRIGGER taskflow_tag_gone_tasks AFTER DELETE ON taskflow_task
+FOR EACH ROW WHEN (OLD.tags <> '{}') EXECUTE FUNCTION taskflow_tag()
+
+-- name: tag_old_tasks
+INSERT INTO taskflow_tag (tag, created_at, task_id)
+SELECT word, created_at, task_id FROM taskflow_task, taskflow_tags_of(tags) AS word WHERE tags <> '{}' ORDER BY 1, 2, 3
+ON CONFLICT DO NOTHING

@@ -97,16 +97,40 @@ local function unplace(id, task)
     if task.error_key then redis.call('ZREM', key('error', task.error_key), id) end
 end
 
+-- What a task is found by, `key:value` of each of its tags. A cell that cannot be read has none.
+local function tag_keys(tags)
+    local readable, found = pcall(cjson.decode, tags)
+    local keys = {}
+    if readable and type(found) == 'table' then
+        for name, value in pairs(found) do
+            if type(name) == 'string' and type(value) == 'string' then table.insert(keys, key('tag', name, value)) end
+        end
+    end
+    return keys
+end
+
+local function file_tags(id, task)
+    if task.tags == '{}' then return end
+    for _, name in ipairs(tag_keys(task.tags)) do redis.call('ZADD', name, number(task.created_at), id) end
+end
+
+local function unfile_tags(id, task)
+    if task.tags == '{}' then return end
+    for _, name in ipairs(tag_keys(task.tags)) do redis.call('ZREM', name, id) end
+end
+
 local function file(id, task)
     redis.call('ZADD', key('name', task.name), number(task.created_at), id)
     redis.call('ZADD', key('queue', task.queue), number(task.created_at), id)
     if task.schedule then redis.call('ZADD', key('schedule', task.schedule), number(task.created_at), id) end
+    file_tags(id, task)
 end
 
 local function unfile(id, task)
     redis.call('ZREM', key('name', task.name), id)
     redis.call('ZREM', key('queue', task.queue), id)
     if task.schedule then redis.call('ZREM', key('schedule', task.schedule), id) end
+    unfile_tags(id, task)
 end
 
 local function change(id, task, values)
@@ -115,7 +139,9 @@ local function change(id, task, values)
         redis.call('ZREM', key('queue', task.queue), id)
         redis.call('ZADD', key('queue', values.queue), number(task.created_at), id)
     end
+    if values.tags then unfile_tags(id, task) end
     for column, value in pairs(values) do task[column] = value end
+    if values.tags then file_tags(id, task) end
     task.revision = task.revision + 1
     changed[id] = true
     place(id, task)
@@ -612,6 +638,22 @@ local function load_rows(wanted)
     return added
 end
 
+-- index: tasks of before there were indexes that there are now; another call goes on where this one ended -----------
+
+local function index(wanted)
+    local name = key('name', wanted.name)
+    local ids = redis.call('ZRANGEBYSCORE', name, '(' .. number(wanted.after), '+inf', 'LIMIT', 0, wanted.most)
+    if #ids == 0 then return false end
+    local last = redis.call('ZSCORE', name, ids[#ids])
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', name, last, last)) do table.insert(ids, id) end  -- of one moment
+    for _, id in ipairs(ids) do
+        local task = load(id)
+        if task then file_tags(id, task) end
+        tasks[id] = nil  -- they may be large
+    end
+    return last
+end
+
 -- instances ------------------------------------------------------------------------------------------------------
 
 local function beat(row)
@@ -638,5 +680,5 @@ local function leave(wanted)
     return true
 end
 
-local functions = {look = look, apply = apply, load = load_rows, beat = beat, leave = leave}
+local functions = {look = look, apply = apply, load = load_rows, index = index, beat = beat, leave = leave}
 return cmsgpack.pack(functions[ARGV[1]](cmsgpack.unpack(ARGV[2])))

@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta
-from heapq import merge
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,12 +60,12 @@ from .changes import (
     Wants,
 )
 from .redis_keys import SCHEMA_VERSION, Keys
+from .redis_pages import Walk
 from .redis_values import (
     applied_of,
     arguments_of,
     event_of,
     group_row,
-    index_names,
     level_of,
     light,
     line_row,
@@ -84,7 +84,7 @@ from .redis_values import (
     unpacked,
 )
 from .rows import group_of, instance_of, log_of, one_off_of, page_of, pulse_of, record_of, schedule_of
-from .search import SEARCH_WINDOW, Searches, is_act, is_search, matches
+from .search import SEARCH_WINDOW, Searches, is_act, is_scan, is_search, matches
 from .stored import instance_row, merged_counts, queue_states
 
 logger = logging.getLogger("taskflow")
@@ -99,6 +99,10 @@ MOST_PRIORITIES = 32
 SENTINEL_PORT = 26379
 PAGE = 500
 """Tasks that a search reads at a time."""
+INDEX_BATCH = 500
+"""Older tasks that are indexed in one step, during which the server does nothing else."""
+LATE = 60_000_000
+"""Microseconds by which the clocks of those who store tasks may differ."""
 AWAY = (redis.ConnectionError, redis.TimeoutError, OSError)
 AWAY_ANSWERS = ("LOADING", "READONLY", "BUSY", "MASTERDOWN", "OOM", "MISCONF", "NOREPLICAS", "TRYAGAIN", "CLUSTERDOWN")
 AWAY_KINDS = (
@@ -196,9 +200,26 @@ class RedisBackend:
             self._compare_clocks(began, told)
             self._sha = await self._writer.script_load(SCRIPT)
             known = await self._writer.get(self.keys("schema"))
+            self._require_version(known)
             if known is None:
                 await self._writer.set(self.keys("schema"), SCHEMA_VERSION, nx=True)
-        self._require_version(known)
+            elif int(known) < SCHEMA_VERSION:
+                await self._index_older_tasks()
+
+    async def _index_older_tasks(self) -> None:
+        """Those that were stored without an index of their tags. The number of the schema stays as it is while older
+        code runs beside this, and may store more of them: the next who opens goes on."""
+        counts: Any = await self._writer.hkeys(self.keys("counts"))
+        for name in sorted({level_of(key, b"0")[1] for key in counts}):
+            mark: Any = await self._writer.hget(self.keys("indexed"), name)
+            after = max(0, int(mark or 0) - LATE)
+            while last := await self._call("index", {"name": name, "after": after, "most": INDEX_BATCH}):
+                after = int(last)
+                await self._writer.hset(self.keys("indexed"), name, after)
+        instances: Any = await self._writer.hvals(self.keys("instances"))
+        if all(row.schema >= SCHEMA_VERSION for row in map(row_of_instance, instances) if row.lease_until):
+            await self._writer.set(self.keys("schema"), SCHEMA_VERSION)
+            await self._writer.delete(self.keys("indexed"))
 
     def _require_version(self, known: Any) -> None:
         if known is not None and int(known) > SCHEMA_VERSION:
@@ -333,7 +354,7 @@ class RedisBackend:
 
     def beat(self, instance: Instance, beat: Beat) -> None:
         with translated():
-            self._run_apart("beat", instance_row(instance, beat))
+            self._run_apart("beat", {**instance_row(instance, beat), "schema": SCHEMA_VERSION})
             began, told = utc_now(), self._apart().time()
             self._compare_clocks(began, told)
 
@@ -378,57 +399,18 @@ class RedisBackend:
         return page_of([light(row) for row in found], limit)
 
     async def _found(self, where: TaskFilter, before: Cursor | None, limit: int) -> list[SimpleNamespace]:
-        """Newest first, down the sorted sets of the filter, looking at no more than a window of them."""
+        """Newest first. Where something is looked for in rows, no more than a window of them are read."""
         found: list[SimpleNamespace] = []
-        window = SEARCH_WINDOW if is_search(where) else limit
-        async for ids in self._walk(where, before, window):
-            found += [row for row in await self._tasks(ids) if matches(where, row)]
-            if len(found) >= limit:
-                break
-        return found[:limit]
-
-    async def _walk(self, where: TaskFilter, before: Cursor | None, window: int) -> AsyncIterator[list[str]]:
-        """Ids newest first, a page at a time."""
-        ends = [moment for moment in (where.until, before.created_at if before else None) if moment is not None]
-        newest = min(map(to_micros, ends), default=None)
-        oldest = None if where.since is None else to_micros(where.since)
-        place = None if before is None else (to_micros(before.created_at), before.task_id)
-        names = index_names(where)
-        offsets = dict.fromkeys(names, 0)
-        waiting: dict[str, list[tuple[int, str]]] = {name: [] for name in names}
-        ended: set[str] = set()
-        given = 0
-        while given < window:
-            for name in names:
-                if not waiting[name] and name not in ended:
-                    page = min(PAGE, window + 1)
-                    got = await self._range(name, newest, oldest, offsets[name], page)
-                    offsets[name] += len(got)
-                    waiting[name] = [item for item in got if place is None or item < place]
-                    if len(got) < page:
-                        ended.add(name)
-            if any(not waiting[name] and name not in ended for name in names):
-                continue
-            floor = max((waiting[name][-1] for name in names if name not in ended and waiting[name]), default=(-1, ""))
-            ready = merge(*waiting.values(), reverse=True)
-            taken = [item for item in ready if item >= floor][: window - given]
-            if not taken:
-                return
-            for name in names:
-                waiting[name] = [item for item in waiting[name] if item < taken[-1]]
-            given += len(taken)
-            yield [task_id for _, task_id in taken]
-
-    async def _range(
-        self, name: str, newest: int | None, oldest: int | None, offset: int, number: int
-    ) -> list[tuple[int, str]]:
-        high: str | int = "+inf" if newest is None else newest
-        low: str | int = "-inf" if oldest is None else oldest
+        left, step = (SEARCH_WINDOW, PAGE) if is_scan(where) else (sys.maxsize, limit)
         with translated():
-            rows: Any = await self._reader.zrevrangebyscore(
-                self.keys(name), high, low, start=offset, num=number, withscores=True
-            )
-        return [(int(score), task_id.decode()) for task_id, score in rows]
+            async for ids in Walk(self._reader, self.keys).ids(where, before, limit):
+                for start in range(0, len(ids), step):
+                    some = ids[start : start + min(step, left)]
+                    found += [row for row in await self._tasks(some) if matches(where, row)]
+                    left -= len(some)
+                    if len(found) >= limit or not left:
+                        return found[:limit]
+        return found
 
     async def events(self, task_id: str) -> Sequence[TaskEvent]:
         with translated():

@@ -5,6 +5,7 @@
 - `subjects`: set, what such events are about that are of no task
 - `logs:<id>`: stream, its log lines by their number
 - `status:<status>`, `name:<name>`, `queue:<queue>`, `schedule:<name>`: sorted sets, ids by the time they were added
+- `tag:<key>:<value>`: sorted set, ids of tasks that have a tag by the time they were added
 - `error:<error_key>`: sorted set, ids of failures of one group by the time they were added
 - `failures`: hash, error_key -> packed map; `failures_open`, `failures_dismissed`, `failures_empty`: sorted sets,
   those that have such tasks, or none, by the time of the last
@@ -21,12 +22,12 @@
 - `feed`, `audit`: streams of events, the newest of all, and what people did; `seq`, `log_seq`: the last numbers given
 - `revoked`: sorted set, sessions that were ended, by the time at which they would have ended
 - `turn:<instance>`: the id and the answer of its last turn
-- `schema`: the version of all this
+- `schema`: the version of all this; `indexed`: hash, how far the tasks of each name have indexes that came with it
 """
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 COLUMNS = (
     "name",
     "queue",

@@ -109,7 +109,7 @@ def level_of(key: bytes, n: bytes) -> Level:
 
 
 def row_of_instance(value: bytes) -> SimpleNamespace:
-    row = SimpleNamespace(**{"vitals": None, **document(value)})  # older code says nothing of them
+    row = SimpleNamespace(**{"vitals": None, "schema": 1, **document(value)})  # older code says nothing of them
     row.owner = row.instance_id
     return row
 
@@ -195,18 +195,18 @@ def applied_of(answer: Any) -> Applied:
     return Applied([claim_of(stored_task(item)) for item in claimed], [(int(n), bool(more)) for n, more in purged])
 
 
-def index_names(where: TaskFilter) -> list[str]:
-    """The sorted sets that together hold what a filter can find."""
-    if where.error_key is not None:
-        return [f"error:{where.error_key}"]
-    if where.statuses:
-        names = [stored for status in dict.fromkeys(where.statuses) for stored in stored_names(status)]
-    elif where.schedule is not None:
-        return [f"schedule:{where.schedule}"]
-    elif where.func_name is not None:
-        return [f"name:{where.func_name}"]
-    elif where.queue is not None:
-        return [f"queue:{where.queue}"]
-    else:
-        names = STATUSES
-    return [f"status:{name}" for name in names]
+def indexes(where: TaskFilter) -> list[list[str]]:
+    """For each part of a filter that has an index the sorted sets that hold what it finds; all tasks where none has."""
+    parts = [[f"tag:{key}:{value}"] for key, value in where.tags]
+    for kind, value in (
+        ("error", where.error_key),
+        ("schedule", where.schedule),
+        ("name", where.func_name),
+        ("queue", where.queue),
+    ):
+        if value is not None:
+            parts.append([f"{kind}:{value}"])
+    names = [stored for status in dict.fromkeys(where.statuses) for stored in stored_names(status)]
+    if names or not parts:
+        parts.append([f"status:{name}" for name in names or STATUSES])
+    return parts

@@ -54,6 +54,7 @@ def walked_by(where: TaskFilter) -> str:
     """The part of a filter whose index is walked; "" where all tasks are."""
     parts = (
         ("error_key", where.error_key),
+        ("tags", where.tags or None),
         ("statuses", where.statuses or None),
         ("schedule", where.schedule),
         ("func_name", where.func_name),
@@ -64,10 +65,14 @@ def walked_by(where: TaskFilter) -> str:
 
 def is_search(where: TaskFilter) -> bool:
     """Whether it has to look through tasks that it does not show."""
-    named = (where.error_key, where.statuses or None, where.schedule, where.func_name, where.queue)
-    looked_for = (where.source, where.tags or None, where.text, where.dismissed, where.task_id, where.key, where.error)
-    others = (*looked_for, where.arguments, where.attempts)
-    return sum(part is not None for part in named) > 1 or any(part is not None for part in others)
+    named = (where.error_key, where.statuses or None, where.schedule, where.func_name, where.queue, *where.tags)
+    return sum(part is not None for part in named) > 1 or is_scan(where)
+
+
+def is_scan(where: TaskFilter) -> bool:
+    """Whether some part of it has no index, and is looked for in rows."""
+    parts = (where.source, where.text, where.dismissed, where.task_id, where.key, where.error, where.arguments)
+    return where.attempts is not None or any(part is not None for part in parts)
 
 
 def matches(where: TaskFilter, row: Any) -> bool:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -94,6 +95,10 @@ class SqlBackend:
         """Around what is written inside a transaction of the caller's, and may have to be written again."""
         raise NotImplementedError
 
+    def index_tags(self, connection: Connection) -> None:
+        """Makes what keeps the index of tags, and fills it."""
+        raise NotImplementedError
+
     def lock_schema(self, connection: Connection) -> None:
         """One process at a time brings the schema up."""
 
@@ -156,7 +161,10 @@ class SqlBackend:
             self._check_schema(connection)
 
     def _create_tables(self, connection: Connection) -> None:
+        is_tagged = sa.inspect(connection).has_table(tables.tag.name)
         tables.Row.metadata.create_all(connection)
+        if not is_tagged:
+            self.index_tags(connection)
 
     def _check_schema(self, connection: Connection) -> None:
         """The number alone does not say that all is there: a table may have been dropped, or a restore have failed."""
@@ -251,10 +259,15 @@ class SqlBackend:
         return record_of(rows[0]) if rows else None
 
     async def page(self, where: TaskFilter, before: Cursor | None, limit: int) -> TaskPage:
-        statement = page_statement(where, before, limit + 1)
         read = self._search if is_search(where) else self._read
-        rows = await read(lambda connection: sound(connection.execute(statement)))
+        rows = await read(lambda connection: self._page(connection, where, before, limit + 1))
         return page_of(rows, limit)
+
+    def _page(self, connection: Connection, where: TaskFilter, before: Cursor | None, limit: int) -> Sequence[Any]:
+        if len(where.tags) > 1:  # the rarest is walked
+            numbers = {pair: connection.execute(pages.number_of(pair)).scalar() or 0 for pair in where.tags}
+            where = replace(where, tags=tuple(sorted(numbers, key=lambda pair: numbers[pair])))
+        return sound(connection.execute(page_statement(where, before, limit)))
 
     async def events(self, task_id: str) -> Sequence[TaskEvent]:
         return await self._events(event.c.task_id == task_id, 10_000)

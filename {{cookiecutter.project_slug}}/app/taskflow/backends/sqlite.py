@@ -27,7 +27,7 @@ from .base import Turn, TurnResult
 from .changes import Stale
 from .neighbours import Neighbours
 from .sql import SqlBackend, translated
-from .tables import counter
+from .tables import TAG_INDEX, counter
 
 T = TypeVar("T")
 
@@ -95,6 +95,10 @@ class SqliteBackend(SqlBackend):
 
     def insert(self, table: sa.Table) -> Any:
         return insert(table)
+
+    def index_tags(self, connection: Connection) -> None:
+        for name in TAG_INDEX:
+            connection.exec_driver_sql(sqlite_turn.SQL[name])
 
     def _written(self, turn: Turn, *, careful: bool) -> TurnResult:
         with self._transaction() as connection, self._driver_errors():

@@ -179,3 +179,32 @@ RETURNING queue, name, started_at, finished_at, error_key, dismissed_at
 -- name: purge_skips
 DELETE FROM taskflow_event WHERE seq IN
     (SELECT seq FROM taskflow_event WHERE kind = 'tick_skipped' AND at < :before ORDER BY at LIMIT :most)
+
+-- The index of tags: what is made of it with its table, and then keeps it.
+-- name: tag_new_tasks
+CREATE TRIGGER taskflow_tag_new_tasks AFTER INSERT ON taskflow_task WHEN new.tags <> '{}'
+BEGIN
+    INSERT OR IGNORE INTO taskflow_tag (tag, created_at, task_id)
+    SELECT key || ':' || value, new.created_at, new.task_id FROM {new_tags};
+END
+
+-- name: tag_changed_tasks
+CREATE TRIGGER taskflow_tag_changed_tasks AFTER UPDATE OF tags, created_at, task_id ON taskflow_task
+WHEN old.tags <> '{}' OR new.tags <> '{}'
+BEGIN
+    DELETE FROM taskflow_tag
+    WHERE tag IN (SELECT key || ':' || value FROM {old_tags}) AND created_at = old.created_at AND task_id = old.task_id;
+    INSERT OR IGNORE INTO taskflow_tag (tag, created_at, task_id)
+    SELECT key || ':' || value, new.created_at, new.task_id FROM {new_tags};
+END
+
+-- name: tag_gone_tasks
+CREATE TRIGGER taskflow_tag_gone_tasks AFTER DELETE ON taskflow_task WHEN old.tags <> '{}'
+BEGIN
+    DELETE FROM taskflow_tag
+    WHERE tag IN (SELECT key || ':' || value FROM {old_tags}) AND created_at = old.created_at AND task_id = old.task_id;
+END
+
+-- name: tag_old_tasks
+INSERT OR IGNORE INTO taskflow_tag (tag, created_at, task_id)
+SELECT key || ':' || value, created_at, task_id FROM taskflow_task AS old, {old_tags} AND tags <> '{}' ORDER BY 1, 2, 3

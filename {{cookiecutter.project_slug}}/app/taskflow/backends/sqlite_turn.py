@@ -61,7 +61,14 @@ CLAIMABLE = (
     "run_at",
 )
 """What is read of a task that is ready: fewer columns than rules want, because there may be hundreds in a turn."""
-LISTS = {"{facts}": ", ".join(FACTS), "{claimable}": ", ".join((*CLAIMABLE, "priority"))}
+TAGS = """json_each(CASE WHEN typeof({0}.tags) = 'text' AND json_valid({0}.tags) THEN {0}.tags ELSE '{{}}' END)
+    WHERE typeof(key) = 'text' AND type = 'text'"""
+"""Of a row: none where the cell cannot be read."""
+LISTS = {
+    "{facts}": ", ".join(FACTS),
+    "{claimable}": ", ".join((*CLAIMABLE, "priority")),
+    **{f"{{{row}_tags}}": TAGS.format(row) for row in ("old", "new")},
+}
 
 
 def listed(text: str) -> str:

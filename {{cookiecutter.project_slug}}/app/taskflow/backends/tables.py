@@ -26,7 +26,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.schema import CreateIndex
 from sqlmodel import Field, SQLModel
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 
 class Row(SQLModel):
@@ -73,6 +73,17 @@ class TaskRow(Row, table=True):
     error_key: str | None = None
     """The group of failures that it belongs to, once it FAILED."""
     dismissed_at: int | None = Field(default=None, sa_type=BigInteger)
+
+
+class TagRow(Row, table=True):
+    """The index of tags, `key:value` of each. Triggers keep it, so that whoever writes a task does: older code, too."""
+
+    __tablename__ = "taskflow_tag"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    tag: str = Field(primary_key=True)
+    created_at: int = Field(primary_key=True, sa_type=BigInteger)
+    task_id: str = Field(primary_key=True)
 
 
 class EventRow(Row, table=True):
@@ -218,6 +229,7 @@ class SchemaRow(Row, table=True):
 
 
 task = TaskRow.__table__  # type: ignore[attr-defined]
+tag = TagRow.__table__  # type: ignore[attr-defined]
 event = EventRow.__table__  # type: ignore[attr-defined]
 log = LogRow.__table__  # type: ignore[attr-defined]
 counter = CounterRow.__table__  # type: ignore[attr-defined]
@@ -286,11 +298,18 @@ Index("taskflow_dismissed_failures", failure.c.last_at, failure.c.error_key, **_
 
 Index("taskflow_old_gauges", gauge.c.size, gauge.c.at)
 
+TAG_INDEX = ("tag_new_tasks", "tag_changed_tasks", "tag_gone_tasks", "tag_old_tasks")
+"""Statements of each dialect: the triggers of the same names, and the tasks that were there before them."""
+TRIGGERS: Mapping[str, str] = {
+    "sqlite": "SELECT name FROM sqlite_master WHERE type = 'trigger'",
+    "postgresql": "SELECT tgname FROM pg_trigger WHERE tgrelid = 'taskflow_task'::regclass",
+}
+
 Step = Callable[[Connection], object]
 
 
 def missing(connection: Connection) -> list[str]:
-    """Tables and columns that should be there."""
+    """Tables, columns and triggers that should be there."""
     schema = inspect(connection)
     found = {name: {column["name"] for column in schema.get_columns(name)} for name in schema.get_table_names()}
     gone = [f"table {name}" for name in Row.metadata.tables if name not in found]
@@ -298,6 +317,9 @@ def missing(connection: Connection) -> list[str]:
         gone += [
             f"column {name}.{column.name}" for column in table.c if name in found and column.name not in found[name]
         ]
+    if task.name in found:
+        triggers = connection.execute(text(TRIGGERS[connection.dialect.name])).scalars().all()
+        gone += [f"trigger taskflow_{name}" for name in TAG_INDEX[:-1] if f"taskflow_{name}" not in triggers]
     return gone
 
 
@@ -331,5 +353,7 @@ STEPS: Mapping[int, Sequence[Step]] = {
     4: (drop_index("taskflow_ready"), add_index(claim_index)),
     5: (add_column(task.c.error_key), add_column(task.c.dismissed_at), add_index(by_error_index)),
     6: (add_column(instance.c.vitals),),
+    7: (),  # the index of tags
 }
-"""Schema version -> what brings an older schema to it; each may run twice. New tables come by themselves."""
+"""Schema version -> what brings an older schema to it; each may run twice. New tables come by themselves, that of tags
+with its triggers."""

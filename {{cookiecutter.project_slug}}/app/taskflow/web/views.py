@@ -201,8 +201,8 @@ class Search:
     @property
     def looks_through_all(self) -> bool:
         """Whether some part has no index, so that only the newest tasks are looked at."""
-        looked_for = (self.words, self.tags, self.source, self.id, self.key, self.error, self.args, self.attempts)
-        return any(looked_for) or sum(map(bool, (self.statuses, self.name, self.queue))) > 1
+        looked_for = (self.words, self.source, self.id, self.key, self.error, self.args, self.attempts)
+        return any(looked_for) or sum(map(bool, (self.statuses, self.name, self.queue, self.tags))) > 1
 
 
 def parse_search(text: str, now: datetime) -> Search:
