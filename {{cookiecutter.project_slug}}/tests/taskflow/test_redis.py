@@ -48,12 +48,12 @@ def lose_the_answer(monkeypatch: pytest.MonkeyPatch, *, before: bool) -> None:
     """The next `apply` never reaches the server, or its answer never arrives."""
     call: Callable[..., Any] = RedisBackend._call
 
-    async def lose(self: RedisBackend, function: str, argument: Any, *, durably: bool = False) -> Any:
+    async def lose(self: RedisBackend, function: str, argument: Any, **options: Any) -> Any:
         if function != "apply":
-            return await call(self, function, argument, durably=durably)
+            return await call(self, function, argument, **options)
         monkeypatch.undo()
         if not before:
-            await call(self, function, argument, durably=durably)
+            await call(self, function, argument, **options)
         raise redis.ConnectionError("the connection was lost")
 
     monkeypatch.setattr(RedisBackend, "_call", lose)
@@ -258,13 +258,13 @@ async def test_tasks_of_the_first_schema_are_indexed_once_in_batches_however_oft
     call: Callable[..., Any] = RedisBackend._call
     batches: list[int] = []
 
-    async def dies_soon(self: RedisBackend, function: str, argument: Any, *, durably: bool = False) -> Any:
+    async def dies_soon(self: RedisBackend, function: str, argument: Any, **options: Any) -> Any:
         if len(batches) in (2, 5):
             batches.append(-1)
             raise redis.ConnectionError("killed")
         if function == "index":
             batches.append(argument["after"])
-        return await call(self, function, argument, durably=durably)
+        return await call(self, function, argument, **options)
 
     monkeypatch.setattr(RedisBackend, "_call", dies_soon)
     backend = RedisBackend(url)

@@ -638,6 +638,31 @@ local function load_rows(wanted)
     return added
 end
 
+-- find: down one sorted set, those that of each other part of a filter some set holds, too ------------------------
+
+local function find(wanted)
+    local read = redis.call('ZREVRANGEBYSCORE', key(wanted.name), wanted.high, wanted.low, 'WITHSCORES',
+        'LIMIT', wanted.skip, wanted.most)
+    local ids, times, last, same = {}, {}, read[#read - 1], 0
+    for at = 1, #read, 2 do
+        table.insert(ids, read[at])
+        times[read[at]] = read[at + 1]
+        if read[at + 1] == read[#read] then same = same + 1 end
+    end
+    for _, names in ipairs(wanted.others) do
+        local kept = {}
+        for _, name in ipairs(#ids > 0 and names or {}) do
+            for at, held in ipairs(redis.call('ZMSCORE', key(name), unpack(ids))) do
+                if held then table.insert(kept, ids[at]) end
+            end
+        end
+        ids = kept
+    end
+    local found = {}
+    for _, id in ipairs(ids) do table.insert(found, {times[id], id}) end
+    return {#read / 2, same, last and {times[last], last} or false, found}
+end
+
 -- index: tasks of before there were indexes that there are now; another call goes on where this one ended -----------
 
 local function index(wanted)
@@ -680,5 +705,5 @@ local function leave(wanted)
     return true
 end
 
-local functions = {look = look, apply = apply, load = load_rows, index = index, beat = beat, leave = leave}
+local functions = {look = look, apply = apply, load = load_rows, find = find, index = index, beat = beat, leave = leave}
 return cmsgpack.pack(functions[ARGV[1]](cmsgpack.unpack(ARGV[2])))

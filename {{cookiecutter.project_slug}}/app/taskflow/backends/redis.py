@@ -335,7 +335,14 @@ class RedisBackend:
         except redis.ResponseError as error:
             raise of_response(error) from error
 
-    async def _call(self, function: str, argument: Mapping[str, Any], *, durably: bool = False) -> Any:
+    async def _call(
+        self,
+        function: str,
+        argument: Mapping[str, Any],
+        *,
+        durably: bool = False,
+        client: redis.asyncio.Redis | None = None,
+    ) -> Any:
         words = (self.keys.root, function, packed(argument))
         try:
             if durably and self._waits_for_disk:
@@ -344,10 +351,10 @@ class RedisBackend:
                     pipeline.execute_command("WAITAOF", 1, 0, int(TIMEOUT * 1000))
                     answer, _ = await pipeline.execute()
             else:
-                answer = await self._writer.evalsha(self._sha, 1, *words)
+                answer = await (client or self._writer).evalsha(self._sha, 1, *words)
         except redis.exceptions.NoScriptError:  # a server that was restarted, or another one
             self._sha = await self._writer.script_load(SCRIPT)
-            return await self._call(function, argument, durably=durably)
+            return await self._call(function, argument, durably=durably, client=client)
         return unpacked(answer)
 
     # -- instances
@@ -403,7 +410,7 @@ class RedisBackend:
         found: list[SimpleNamespace] = []
         left, step = (SEARCH_WINDOW, PAGE) if is_scan(where) else (sys.maxsize, limit)
         with translated():
-            async for ids in Walk(self._reader, self.keys).ids(where, before, limit):
+            async for ids in Walk(self._reader, self.keys, self._find).ids(where, before, limit):
                 for start in range(0, len(ids), step):
                     some = ids[start : start + min(step, left)]
                     found += [row for row in await self._tasks(some) if matches(where, row)]
@@ -411,6 +418,9 @@ class RedisBackend:
                     if len(found) >= limit or not left:
                         return found[:limit]
         return found
+
+    async def _find(self, wanted: Mapping[str, Any]) -> Any:
+        return await self._call("find", wanted, client=self._reader)
 
     async def events(self, task_id: str) -> Sequence[TaskEvent]:
         with translated():
