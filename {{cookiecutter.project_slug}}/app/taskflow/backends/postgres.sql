@@ -278,24 +278,23 @@ SELECT clock_timestamp()
 -- The index of tags: what is made of it with its table, and then keeps it. A cell that cannot be read has none; a text
 -- that is longer than a key and a value may be does not fit into an index.
 -- name: tags_of
-CREATE OR REPLACE FUNCTION taskflow_tags_of(tags text) RETURNS SETOF text LANGUAGE plpgsql IMMUTABLE AS $$
+CREATE OR REPLACE FUNCTION taskflow_tags_of(tags text) RETURNS text[] LANGUAGE plpgsql IMMUTABLE AS $$
 BEGIN
-    RETURN QUERY SELECT DISTINCT key || ':' || value FROM json_each_text(tags::json)
-        WHERE length(key) + length(value) <= 512;
+    RETURN ARRAY(SELECT key || ':' || value FROM json_each_text(tags::json) WHERE length(key) + length(value) <= 512);
 EXCEPTION WHEN others THEN
-    RETURN;
+    RETURN '{}';
 END $$
 
 -- name: tag
 CREATE OR REPLACE FUNCTION taskflow_tag() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF TG_OP <> 'INSERT' THEN
-        DELETE FROM taskflow_tag WHERE tag IN (SELECT taskflow_tags_of(OLD.tags))
-            AND created_at = OLD.created_at AND task_id = OLD.task_id;
+        DELETE FROM taskflow_tag
+        WHERE tag = ANY(taskflow_tags_of(OLD.tags)) AND created_at = OLD.created_at AND task_id = OLD.task_id;
     END IF;
     IF TG_OP <> 'DELETE' THEN
         INSERT INTO taskflow_tag (tag, created_at, task_id)
-        SELECT word, NEW.created_at, NEW.task_id FROM taskflow_tags_of(NEW.tags) AS word ON CONFLICT DO NOTHING;
+        SELECT unnest(taskflow_tags_of(NEW.tags)), NEW.created_at, NEW.task_id ON CONFLICT DO NOTHING;
     END IF;
     RETURN NULL;
 END $$
@@ -314,5 +313,5 @@ FOR EACH ROW WHEN (OLD.tags <> '{}') EXECUTE FUNCTION taskflow_tag()
 
 -- name: tag_old_tasks
 INSERT INTO taskflow_tag (tag, created_at, task_id)
-SELECT word, created_at, task_id FROM taskflow_task, taskflow_tags_of(tags) AS word WHERE tags <> '{}' ORDER BY 1, 2, 3
+SELECT unnest(taskflow_tags_of(tags)), created_at, task_id FROM taskflow_task WHERE tags <> '{}' ORDER BY 1, 2, 3
 ON CONFLICT DO NOTHING
