@@ -13,6 +13,8 @@ local COLUMNS = {'name', 'queue', 'priority', 'executor', 'source', 'status', 'a
     'max_attempts', 'created_at', 'run_at', 'started_at', 'finished_at', 'instance', 'requeue', 'cancel_requested',
     'arguments', 'result', 'error', 'stacktrace', 'tags', 'progress', 'idempotency_key', 'retry_of', 'trace',
     'schedule', 'run_key', 'revision', 'events', 'error_key', 'dismissed_at'}
+local PLACE = {}
+for place, column in ipairs(COLUMNS) do PLACE[column] = place end
 local MOST_EVENTS = 12     -- that are kept in the task itself; more go to a list of their own
 local FEED, AUDIT, SUBJECT = 100000, 1000000, 1000
 
@@ -672,9 +674,9 @@ local function index(wanted)
     local last = redis.call('ZSCORE', name, ids[#ids])
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', name, last, last)) do table.insert(ids, id) end  -- of one moment
     for _, id in ipairs(ids) do
-        local task = load(id)
-        if task then file_tags(id, task) end
-        tasks[id] = nil  -- they may be large
+        local packed = redis.call('GET', key('task', id))
+        local cells = packed and cmsgpack.unpack(packed)
+        if cells then file_tags(id, {tags = cells[PLACE.tags], created_at = cells[PLACE.created_at]}) end
     end
     return last
 end
