@@ -306,6 +306,20 @@ async def test_what_older_code_adds_beside_newer_is_indexed_by_the_next_who_open
         await backend.close()
 
 
+async def test_what_hardly_anything_has_is_not_looked_for_without_end(
+    backend: RedisBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.taskflow.backends.redis_pages.MOST_IDS", 8)
+    monkeypatch.setattr("app.taskflow.backends.redis_pages.MOST_COMPARED", 20)
+    bench = Bench(backend)
+    for number in range(60):
+        bench.pass_time(1)
+        await bench.add(name="mail", queue="slow" if number in (0, 55) else "default")
+        await bench.add(name="job", queue="slow")
+    page = await backend.page(TaskFilter(func_name="mail", queue="slow"), None, 5)
+    assert [record.queue for record in page.tasks] == ["slow"]
+
+
 @pytest.mark.parametrize(
     "where",
     [

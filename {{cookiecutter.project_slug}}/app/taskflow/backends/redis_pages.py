@@ -21,6 +21,9 @@ MOST_IDS = 2_000
 """That are looked at in one step, during which the server does nothing else. A page begins with as many as it shows,
 and looks at more where few of them belong."""
 
+MOST_COMPARED = 1_000_000
+"""Ids of the walked set that are looked for in the others: about a second of the server's, in steps."""
+
 Item = tuple[int, str]
 """When a task was added, and its id."""
 Find = Callable[[Mapping[str, Any]], Awaitable[Any]]
@@ -58,6 +61,7 @@ class Walk:
         self._keys = keys
         self._find = find
         self._others: Sequence[Sequence[str]] = ()
+        self._compared = 0
 
     async def ids(self, where: TaskFilter, before: Cursor | None, size: int) -> AsyncIterator[list[str]]:
         """Of tasks that have all indexed parts of a filter, a few at a time."""
@@ -98,7 +102,7 @@ class Walk:
             descent.skip = same + (descent.skip if descent.high == last[0] else 0)
             descent.high, descent.last = last[0], last
         descent.waiting = [item for item in found if place is None or item < place]
-        descent.ended = number < descent.size
+        descent.ended = number < descent.size or self._compared >= MOST_COMPARED
         descent.size = min(2 * descent.size, MOST_IDS)
 
     async def _look(self, descent: Descent, oldest: int | str) -> Look:
@@ -112,6 +116,7 @@ class Walk:
     async def _look_into_others(self, descent: Descent, oldest: int | str) -> Look:
         ends = {"high": str(descent.high), "low": str(oldest), "skip": descent.skip, "most": descent.size}
         number, same, last, found = await self._find({"name": descent.name, "others": self._others, **ends})
+        self._compared += number
         return Look(number, same, item_of(last) if last else None, [item_of(pair) for pair in found])
 
 
