@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from app.taskflow.models import TaskFilter, TaskRecord, TaskStatus
 from app.taskflow.web.navigation import NAVIGATION
@@ -213,6 +213,18 @@ def test_a_stream_that_ended_goes_on_from_its_last_event(shop: Shop, open_tab: O
         page.wait_for_timeout(200)
     assert asked[0] is None
     assert (asked[1] or "").isdigit()
+
+
+def test_a_page_is_live_also_where_a_script_comes_late(shop: Shop, open_tab: OpenTab) -> None:
+    page = open_tab().page
+
+    def late(route: Route) -> None:
+        time.sleep(0.5)
+        route.continue_()
+
+    page.route("**/hx-sse.min.js*", late)
+    page.goto(shop.address("/tasks"))
+    expect(page.locator("#live-word")).to_have_text("live")
 
 
 def test_what_is_being_typed_survives_what_happens_meanwhile(shop: Shop, open_tab: OpenTab) -> None:
